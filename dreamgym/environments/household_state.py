@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ..core.data_structures import Task
 
 # %% auto #0
-__all__ = ['PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Receptacle', 'parse_receptacle', 'items', 'in_order', 'name_of',
-           'type_of', 'HouseState', 'parse_state', 'with_property', 'known_items', 'read_observation',
+__all__ = ['PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Receptacle', 'name_of', 'type_of', 'parse_receptacle', 'items',
+           'in_order', 'HouseState', 'parse_state', 'with_property', 'known_items', 'read_observation',
            'HouseholdMapper', 'receptacle_changes', 'apply_change', 'possible_actions', 'focus', 'excerpt']
 
 # %% ../../nbs/environments/11b_household_state.ipynb #60093780
@@ -38,6 +38,20 @@ class Receptacle:
             return f"{self.status} ?"
         items = ", ".join(self.contents) or "nothing"
         return f"{self.status}, {items}" if self.status else items
+
+# %% ../../nbs/environments/11b_household_state.ipynb #ee505f26
+def name_of(
+    item: str,  # 'mug 1 clean'
+) -> str:  # 'mug 1'
+    """An item without its properties."""
+    return " ".join(item.split(" ", 2)[:2])
+
+
+def type_of(
+    item: str,  # 'mug 1 clean' or 'cabinet 3'
+) -> str:  # 'mug', 'cabinet'
+    """The type of an entity."""
+    return item.split(" ", 1)[0]
 
 # %% ../../nbs/environments/11b_household_state.ipynb #f087d114
 def parse_receptacle(
@@ -65,20 +79,6 @@ def in_order(
 ) -> tuple[str, ...]:  # sorted by type and number, so that equal knowledge is equal text
     """Canonical order of contents."""
     return tuple(sorted(items, key=lambda item: (type_of(item), int(item.split(" ", 2)[1]))))
-
-# %% ../../nbs/environments/11b_household_state.ipynb #ee505f26
-def name_of(
-    item: str,  # 'mug 1 clean'
-) -> str:  # 'mug 1'
-    """An item without its properties."""
-    return " ".join(item.split(" ", 2)[:2])
-
-
-def type_of(
-    item: str,  # 'mug 1 clean' or 'cabinet 3'
-) -> str:  # 'mug', 'cabinet'
-    """The type of an entity."""
-    return item.split(" ", 1)[0]
 
 # %% ../../nbs/environments/11b_household_state.ipynb #961e71b3
 @dataclass(slots=True)

@@ -155,7 +155,7 @@ class RLConfig(Section):
     minibatch: int = Field(256, gt=0, description="turns per update [ours]")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this [verl-agent]")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts [verl-agent]")
-    invalid_action_penalty: float = Field(0.0, ge=0, description="reward lost by a failed action [ours]; .1 [verl-agent]")
+    invalid_action_penalty: float = Field(0.0, ge=0, description="cost of a failed action [ours]; 0.1 [verl-agent]")
 
 # %% ../../nbs/core/02_config.ipynb #69f5e7f3
 class TrainingConfig(Section):

@@ -14,7 +14,7 @@ from ..core.errors import ConfigError, EnvironmentFailure, unknown_name
 
 # %% auto #0
 __all__ = ['BUILDERS', 'PLANNED', 'StateMapper', 'BatchEnv', 'Environment', 'make_environment', 'CountingEnv', 'check_env',
-           'GymnasiumBatchEnv']
+           'TranscriptMapper', 'GymnasiumBatchEnv']
 
 # %% ../../nbs/environments/10_base_env.ipynb #225cfdb6
 @runtime_checkable
@@ -148,6 +148,32 @@ def _checked(results: list[StepResult], slots: Sequence[int], call: str) -> list
         if call != "step":
             _expect(result.terminated, False, f"{call}: terminated", "a fresh episode cannot be over")
     return results
+
+# %% ../../nbs/environments/10_base_env.ipynb #fe96b4b3
+class TranscriptMapper:
+    """Raw observations as the state: task, first observation, and the last few actions with their answers."""
+
+    def __init__(self, window: int = 8):
+        self.window = window  # answers that are kept
+
+    def start(self, task: Task, observation: str) -> str:
+        return f"task: {task.instruction}\n" + " ".join(observation.split())
+
+    def update(self, state: str, action: str, observation: str) -> str:
+        return self.merge(state, f"{action} = {' '.join(observation.split())}")
+
+    def diff(self, state: str, next_state: str) -> str:
+        return next_state.rpartition("\n")[2]
+
+    def merge(self, state: str, delta: str) -> str:
+        task, first, *answers = state.split("\n")
+        return "\n".join([task, first, *[*answers, " ".join(delta.split())][-self.window :]])
+
+    def facts(self, state: str) -> frozenset[str]:
+        return frozenset(state.split("\n"))
+
+    def admissible_actions(self, state: str) -> None:
+        return None
 
 # %% ../../nbs/environments/10_base_env.ipynb #8b54d460
 class GymnasiumBatchEnv:

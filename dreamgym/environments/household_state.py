@@ -314,6 +314,10 @@ class HouseholdMapper:
         """The part of a state that an action touches; the replay buffer compares states by it."""
         return focus(state, action)
 
+    def excerpt(self, next_state: str, action: str) -> str:
+        """What an action led to, in short, for demonstrations."""
+        return excerpt(next_state, action)
+
 # %% ../../nbs/environments/11b_household_state.ipynb #cc187d98
 def receptacle_changes(
     before: Receptacle,

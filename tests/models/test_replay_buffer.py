@@ -1,0 +1,278 @@
+"""The replay buffer: admission, exact retrieval, capacity, stepping back, files, and a killed writer."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dreamgym.core.config import BufferConfig
+from dreamgym.core.data_structures import Experience, to_row
+from dreamgym.core.errors import DataError
+from dreamgym.models.replay_buffer import (
+    ExperienceReplayBuffer,
+    HashingEncoder,
+    RetrievalQuery,
+    content_key,
+    new_words,
+    read_rows,
+)
+
+WORDS = "mug pen book drawer desk shelf open closed 1 2 3 empty hold".split()
+
+
+def random_row(rng: random.Random, **fields) -> Experience:
+    """A row of a small random world, with many equal actions and some equal states."""
+    state, after = (" ".join(rng.choices(WORDS, k=rng.choice([3, 8]))) for _ in range(2))
+    action = f"{rng.choice(['open', 'take'])} {rng.choice(WORDS[:5])}"
+    defaults = {
+        "env": rng.choice(["a", "b"]),
+        "world_id": f"w{rng.randrange(5)}",
+        "episode_id": f"e{rng.randrange(12)}",
+    }
+    defaults |= {"split": rng.choice(["train", "seen"]), "source": rng.choice(["real", "synthetic"])}
+    defaults |= {"success": rng.choice([True, False, None]), "task_type": rng.choice(["x", "y"])}
+    return Experience(state, action, 0.0, after, False, **(defaults | fields))
+
+
+def make(capacity: int = 1000, path=None, **options) -> ExperienceReplayBuffer:
+    return ExperienceReplayBuffer(
+        BufferConfig(capacity=capacity, top_k=3), path, encoder=HashingEncoder(64), dedup=False, **options
+    )
+
+
+def brute_force(buffer, query, k, weight=0.5, same_world=True, same_action=False, informative=False, **masks):
+    """The definition of retrieval, one candidate at a time."""
+
+    def cosine(a, b):
+        a, b = buffer.encoder.encode([a, b])
+        length = np.sqrt(np.float32(a @ a)) * np.float32(1)
+        return a @ b / (np.sqrt(b @ b) or np.float32(1)) / (length or np.float32(1))
+
+    ranked = []
+    for id_, e in read_rows(buffer.db, "evicted_at IS NULL"):
+        wrong_world = same_world and e.world_id != query.world_id
+        if wrong_world or (same_action and e.action != query.action) or (query.env and e.env != query.env):
+            continue
+        if (query.exclude_episode and e.episode_id == query.exclude_episode) or any(
+            getattr(e, name) != value for name, value in masks.items()
+        ):
+            continue
+        state, action = np.float32(cosine(query.state, e.state)), np.float32(cosine(query.action, e.action))
+        score = np.float32(weight) * action + np.float32(1 - weight) * state
+        steps = [np.rint((score + np.float32(1)) * np.float32(1e5)), np.rint((state + action + 2) * np.float32(1e5))]
+        ranked.append((-steps[0], -new_words(e) if informative else 0, -steps[1], id_, e))
+    return [row[-1] for row in sorted(ranked, key=lambda row: row[:-1])[:k]]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("same_world", [True, False])
+@pytest.mark.parametrize(
+    "how", [{}, {"same_action": True, "informative": True}, {"split": "train", "source": "real"}, {"success": False}]
+)
+def test_retrieval_equals_brute_force(weight, same_world, how):
+    rng, buffer = random.Random(1), make(capacity=150)
+    for _ in range(6):  # rows arrive, and old ones leave, between retrievals
+        buffer.add_many(random_row(rng) for _ in range(40))
+        rows = [random_row(rng) for _ in range(8)]
+        queries = [RetrievalQuery(e.state, e.action, e.world_id, rng.choice(["", e.env]), e.episode_id) for e in rows]
+        queries.append(RetrievalQuery("", "unknown thing", "nowhere"))
+        found = buffer.retrieve(queries, 3, action_weight=weight, same_world=same_world, **how)
+        for query, got in zip(queries, found):
+            assert got == brute_force(buffer, query, 3, weight, same_world, **how)
+
+
+def test_batches_order_and_index_age_do_not_matter(tmp_path):
+    rng, path = random.Random(2), tmp_path / "experience.db"
+    rows = [random_row(rng) for _ in range(3000)]
+    buffer = make(2000, path)
+    buffer.add_many(rows[:10])
+    queries = [RetrievalQuery(e.state, e.action, e.world_id) for e in rows[:40]]
+    buffer.retrieve(queries)  # an index that grows from ten rows
+    for start in range(10, 3000, 130):
+        buffer.add_many(rows[start : start + 130])
+        buffer.retrieve(queries[:1])
+    for same_world in (True, False):
+        together = buffer.retrieve(queries, same_world=same_world)
+        assert together == [buffer.retrieve([q], same_world=same_world)[0] for q in queries]
+        assert together == buffer.retrieve(queries[::-1], same_world=same_world)[::-1]
+        assert together == make(2000, path).retrieve(queries, same_world=same_world)  # built anew
+
+
+def test_own_episode_never_comes_back():
+    rng, buffer = random.Random(3), make()
+    rows = [random_row(rng, world_id="w") for _ in range(200)]
+    buffer.add_many(rows)
+    queries = [RetrievalQuery(e.state, e.action, "w", exclude_episode=e.episode_id) for e in rows]
+    for query, found in zip(queries, buffer.retrieve(queries, 200)):
+        assert found and all(e.episode_id != query.exclude_episode for e in found)
+
+
+def test_lookup_prefers_the_first_look_then_the_most_similar_state():
+    def row(state, after, **fields):
+        return Experience(state, "open drawer 1", 0.0, after, False, world_id="home", **fields)
+
+    again = row("at drawer 1 | drawer 1: pen 1", "at drawer 1 | drawer 1: pen 1")
+    first = row("at drawer 1 | drawer 1: ?", "at drawer 1 | drawer 1: pen 1 book 2")
+    closer = replace(
+        first, state="at drawer 1 | hold mug 1 | drawer 1: ?", next_state=first.next_state + " | hold mug 1"
+    )
+    other_home, other_action = replace(first, world_id="elsewhere"), replace(first, action="open drawer 2")
+    buffer = ExperienceReplayBuffer(BufferConfig())
+    buffer.add_many([again, other_home, other_action, first, closer])
+    query = RetrievalQuery("at drawer 1 | hold mug 1 | drawer 1: ?", "open drawer 1", "home")
+    assert buffer.lookup([query], k=5) == [[closer, first, again]]
+    assert buffer.retrieve([query], 1, action_weight=1.0) == [[closer]]  # the same action, the most similar state
+    assert buffer.lookup([replace(query, action="open shelf 9")]) == [[]]
+
+
+def test_admission_counts_what_it_refuses():
+    config = BufferConfig(quality_threshold=0.6)
+    buffer = ExperienceReplayBuffer(config)
+    row = Experience("s", "a", 0.0, "t", False)
+    assert buffer.add_trajectory([row, replace(row, policy="expert"), replace(row, next_state="u")]) == 2
+    assert not buffer.add_experience(row)
+    for bad in (
+        replace(row, valid=False),
+        replace(row, error="no reward"),
+        replace(row, action=""),
+        replace(row, reward=float("nan")),
+        replace(row, state="torn \udce4 text"),
+        replace(row, source="synthetic", reward=1.0),  # below the threshold
+    ):
+        assert not buffer.add_experience(bad)
+    stats = buffer.stats()
+    assert (len(buffer), stats["size"], stats["duplicate"], stats["quality"]) == (2, 2, 2, 6)
+    assert ExperienceReplayBuffer(config, dedup=False).add_many([row, row]) == 2
+    assert content_key(row) != content_key(replace(row, world_id="other"))
+
+
+def test_oldest_rows_leave_and_come_back_on_rewind(tmp_path):
+    rng = random.Random(4)
+    iterations = [[random_row(rng, iteration=i) for _ in range(40)] for i in range(6)]
+    buffer, straight = make(100, tmp_path / "a.db"), make(100, tmp_path / "b.db")
+    for rows in iterations[:4]:
+        straight.add_many(rows)
+    for rows in iterations:
+        buffer.add_many(rows)
+    assert len(buffer) == 100 and buffer.stats()["tombstones"] == 140
+    query = [RetrievalQuery(e.state, e.action, e.world_id) for e in iterations[5]]
+    assert all(e.iteration >= 3 for found in buffer.retrieve(query, 10) for e in found)
+    buffer.rewind(3)
+    dump = [list(store.db.iterdump()) for store in (buffer, straight)]
+    assert dump[0] == dump[1] and len(buffer) == len(straight) == 100
+    assert buffer.retrieve(query) == straight.retrieve(query)
+    for store in (buffer, straight):
+        store.add_many(iterations[4])
+    assert list(buffer.db.iterdump()) == list(straight.db.iterdump())
+    assert buffer.purge(before=4) == 60
+    buffer.rewind(3)
+    with pytest.raises(DataError, match="purged"):
+        buffer.rewind(2)
+
+
+def test_balanced_sample():
+    rng, buffer = random.Random(5), make()
+    buffer.add_many(random_row(rng, success=i % 50 == 0, source="real", task_type="x") for i in range(500))
+    sample = buffer.sample_balanced(batch_size=16, seed=1)
+    assert sum(e.success for e in sample) == 8 and sample == buffer.sample_balanced(16, seed=1)
+    assert sum(e.success for e in buffer.sample_balanced(64, seed=1)) == 10  # all there are
+    assert buffer.sample_balanced() != buffer.sample_balanced()
+    assert len(buffer.sample_balanced(10_000, seed=0)) == 500 and make().sample_balanced() == []
+
+
+def test_jsonl_round_trip_and_bad_lines(tmp_path):
+    rng, buffer, path = random.Random(6), make(), tmp_path / "rows.jsonl"
+    rows = [random_row(rng, observation="Ü \u2028 \x00 '\";--") for _ in range(50)]
+    buffer.add_many(rows)
+    assert buffer.export_jsonl(path) == 50 and os.listdir(tmp_path) == ["rows.jsonl"]
+    lines, good = path.read_bytes().splitlines(keepends=True), to_row(rows[0])
+    broken = [b'{"state": "to', b"\xff\xfe", b"3", json.dumps(good | {"turn": "x"}).encode(), b"[" * 100_000]
+    broken += [json.dumps(good | {"rewrad": 1}).encode(), json.dumps({"state": "s"}).encode()]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_bytes(b"".join(lines[:7]) + b"\n".join(broken) + b"\n\n" + b"".join(lines[7:]))
+    other = make()
+    report = other.import_jsonl(mixed)
+    assert (report.read, report.added) == (50, 50)
+    assert [number for number, _ in report.bad] == list(range(8, 15))
+    assert "'turn'" in report.bad[3][1] and "rewrad" in report.bad[5][1]
+    assert [e for _, e in read_rows(other.db, "1")] == rows
+    with pytest.raises(DataError, match=r"mixed\.jsonl, line 8"):
+        make().import_jsonl(mixed, strict=True)
+
+
+def test_files_that_are_no_store(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a database, but long enough to have a header " * 9)
+    with pytest.raises(DataError, match="notes.txt"):
+        make(path=tmp_path / "notes.txt")
+    with pytest.raises(DataError, match="expected an experience database"):
+        make(path=tmp_path / "notes.txt" / "a.db")
+    make(path=tmp_path / "a.db").db.execute("PRAGMA user_version = 9")
+    with pytest.raises(DataError, match="version 9"):
+        make(path=tmp_path / "a.db")
+
+
+def test_full_disk_names_path_and_free_bytes(tmp_path):
+    rng, buffer = random.Random(7), make(path=tmp_path / "a.db")
+    buffer.add_many(random_row(rng) for _ in range(100))
+    pages = buffer.db.execute("PRAGMA page_count").fetchone()[0]
+    buffer.db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(DataError, match=r"a\.db: not written.*bytes free"):
+        buffer.add_many(random_row(rng) for _ in range(1000))
+    assert len(buffer) == 100 == buffer.stats()["size"] == len(make(path=tmp_path / "a.db"))
+    buffer.db.execute("PRAGMA max_page_count = 100000")
+    assert buffer.add_many(random_row(rng) for _ in range(1000)) == 1000
+
+
+WRITER = """
+import sys
+from dreamgym.core.config import BufferConfig
+from dreamgym.core.data_structures import Experience
+from dreamgym.models.replay_buffer import ExperienceReplayBuffer
+buffer = ExperienceReplayBuffer(BufferConfig(capacity=100_000), sys.argv[1])
+for batch in range(10**6):
+    rows = [Experience(f"state {batch} {i}", "look", 0.0, "next", False, iteration=batch) for i in range(16)]
+    buffer.add_many(rows)
+    sys.stdout.write(f"{len(buffer)}\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_kill_nine_loses_no_acknowledged_row(tmp_path):
+    rng = random.Random(8)
+    repeats = int(os.environ.get("DREAMGYM_KILLS", 3))
+    for attempt in range(repeats):
+        path = tmp_path / f"{attempt}.db"
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "16\n"
+        time.sleep(rng.uniform(0, 0.3))
+        writer.send_signal(signal.SIGKILL)
+        acknowledged = int(([16] + writer.stdout.read().split("\n")[:-1])[-1])
+        writer.wait()
+        buffer = ExperienceReplayBuffer(BufferConfig(), path)
+        assert len(buffer) >= acknowledged and len(buffer) % 16 == 0
+        assert buffer.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        stored = [e.state for _, e in read_rows(buffer.db, "evicted_at IS NULL")]
+        assert stored == [f"state {i // 16} {i % 16}" for i in range(len(buffer))]
+        query = [RetrievalQuery(f"state 0 {i}", "look") for i in range(16)]
+        before = buffer.retrieve(query, 4)
+        buffer.close()
+        assert before == ExperienceReplayBuffer(BufferConfig(), path).retrieve(query, 4)
+
+
+def test_other_encoders_fit():
+    class Lengths:
+        dim = 2
+
+        def encode(self, texts):
+            return np.array([[len(text), 1] for text in texts], np.float32).reshape(-1, 2)
+
+    buffer = ExperienceReplayBuffer(BufferConfig(top_k=1), encoder=Lengths())
+    buffer.add_many(Experience("x" * n, "go", 0.0, "y", False) for n in (1, 5, 30))
+    assert [len(found[0].state) for found in buffer.retrieve([RetrievalQuery("z" * 4, "go")])] == [5]

@@ -335,7 +335,7 @@ def _steps(x: np.ndarray, bound: int) -> np.ndarray:
 # %% ../../nbs/models/20_replay_buffer.ipynb #4b79d9b2
 def top_ids(
     keys: np.ndarray,  # (B, N) int64, -1: excluded
-    slots: np.ndarray,  # (B, N) where each candidate lies in `ids`
+    slots: np.ndarray,  # (B, N) or (1, N) where each candidate lies in `ids`
     ids: np.ndarray,  # (M,) row ids
     k: int,  # >= 1
 ) -> list[list[int]]:  # B lists of at most k ids, best first
@@ -343,7 +343,7 @@ def top_ids(
     b, n = keys.shape
     floor = np.partition(keys, n - k, axis=1)[:, n - k, None] if k < n else 0
     rows, columns = np.nonzero(keys >= np.maximum(floor, 0))
-    found = ids[slots[rows, columns]]
+    found = ids[np.broadcast_to(slots, keys.shape)[rows, columns]]
     found = found[np.lexsort((found, -keys[rows, columns], rows))]
     bounds = np.searchsorted(rows, np.arange(b + 1))
     return [found[start : min(start + k, stop)].tolist() for start, stop in zip(bounds, bounds[1:])]
@@ -487,10 +487,11 @@ def score_block(
     vectors: np.ndarray,  # (B, dim) encoded states of the queries
     cosines: Sequence[np.ndarray],  # B of (U,)
     spans: Sequence[tuple[int, int, tuple[int, ...]]],  # B, equal ones adjacent
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # slots (B, N), -1 where padded; cos_state; cos_action
-    """Cosines of queries to their candidates, padded to the longest list."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # slots (B, N), -1 where padded, or (1, N); cos_state; cos_action
+    """Cosines of queries to their candidates, padded to the longest list; shared candidates are listed once."""
     shape = len(spans), max(stop - start + len(tail) for start, stop, tail in spans)
-    slots, cos_state, cos_action = np.full(shape, -1), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    slots = np.full((1 if spans[0] == spans[-1] else shape[0], shape[1]), -1)
+    cos_state, cos_action = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     first = 0
     for (start, stop, tail), group in groupby(spans):
         end, size = first + len(list(group)), stop - start + len(tail)
@@ -521,18 +522,18 @@ def allowed_rows(
 
 def ruled_out(
     index: ExactIndex,
-    slots: np.ndarray,  # (B, N)
+    slots: np.ndarray,  # (B, N) or (1, N)
     queries: Sequence[Any],  # B
     same_action: bool,
 ) -> np.ndarray:  # (B, N) bool
     """Candidates that a query excludes by itself: its own episode, other environments, other actions."""
-    out = np.zeros(slots.shape, bool)
+    out = np.zeros((len(queries), slots.shape[1]), bool)
     rules = [("exclude_episode", "episode_id", np.equal), ("env", "env", np.not_equal)]
     rules += [("action", "action", np.not_equal)] if same_action else []
     for attribute, name, rule in rules:
         values = [getattr(q, attribute) for q in queries]
         if any(values):
-            codes = np.array([index.codes[name].get(value, -1) for value in values])[:, None]
+            codes = np.array([index.codes[name].get(value, -1) for value in values], np.int32)[:, None]
             out |= rule(index.columns[name][slots], codes) & np.array([bool(v) for v in values])[:, None]
     return out
 

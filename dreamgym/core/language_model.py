@@ -21,10 +21,11 @@ from transformers.modeling_utils import PreTrainedModel
 from .errors import DataError
 
 # %% auto #0
-__all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'PIECES', 'ENTITY', 'train_tokenizer', 'SmallLMConfig',
-           'token_parts', 'ShortConv', 'SmallCache', 'rotate', 'SmallLayer', 'SmallLMForCausalLM', 'attention_bias',
-           'positions', 'build_model', 'LanguageModel', 'load_language_model', 'PromptEncoder', 'SamplingParams',
-           'Generation', 'Generator', 'TransformersGenerator', 'sample_token']
+__all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'PIECES', 'ENTITY', 'numbered_entities', 'train_tokenizer',
+           'SmallLMConfig', 'token_parts', 'ShortConv', 'SmallCache', 'rotate', 'SmallLayer', 'SmallLMForCausalLM',
+           'attention_bias', 'positions', 'build_model', 'LanguageModel', 'load_language_model', 'PromptEncoder',
+           'Rows', 'make_rows', 'trunk', 'SamplingParams', 'Generation', 'Generator', 'TransformersGenerator',
+           'sample_token']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
 PAD, END, UNKNOWN, ROLES = "<|pad|>", "<|end|>", "<|unk|>", ("<|system|>", "<|user|>", "<|assistant|>")
@@ -32,10 +33,20 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PIECES = r"[A-Za-z']+|[0-9]+|, |: |; |\. | = | > |\n| \+| -|[^\sA-Za-z0-9]"
+PIECES = r"[A-Za-z']+|[0-9]+|; | = | > |\n| \+| -| \?|[^\sA-Za-z0-9:,]"
 ENTITY = r"[a-z]+ [0-9]+(?![0-9])"
 
 # %% ../../nbs/core/03_language_model.ipynb #b244879c
+def numbered_entities(
+    words: Iterable[str],  # pieces, among them entities such as 'mug 1'
+) -> set[str]:  # 'mug 1', 'mug 2', … for every type, and the numbers themselves
+    """All combinations of the types and numbers of the entities among some pieces."""
+    entities = [word.split(" ") for word in words if " " in word.strip() and word.strip()[-1].isdigit()]
+    kinds, most = {kind for kind, _ in entities}, max((int(number) for _, number in entities), default=0)
+    numbers = {str(n) for n in range(1, most + 1)}
+    return numbers | {f"{kind} {n}" for kind in kinds for n in numbers}
+
+# %% ../../nbs/core/03_language_model.ipynb #c91016cb
 def train_tokenizer(
     texts: Iterable[str],  # the environment's text: states, actions, experience-model targets
     entities: str = "merged",  # 'merged': "mug 1" is one token; 'split': two
@@ -48,6 +59,7 @@ def train_tokenizer(
     split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     words = {piece for text in {*texts, *extra} for piece, _ in split.pre_tokenize_str(text)}
     words |= {part for word in words if " " in word.strip() for part in word.split()}
+    words |= numbered_entities(words)
     vocab = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *ROLES, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = split
@@ -383,6 +395,44 @@ class PromptEncoder:
         """Prompt ids of each text."""
         rendered = [self._before + text + self._after for text in texts]
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+# %% ../../nbs/core/03_language_model.ipynb #01c29329
+@dataclass(frozen=True)
+class Rows:
+    """A right-padded batch of prompt + response rows."""
+
+    ids: Tensor  # (B, T)
+    action_mask: Tensor  # (B, T) bool
+
+    @property
+    def tokens(self) -> int:
+        """Number of agent tokens in the batch."""
+        return int(self.action_mask.sum())
+
+
+def make_rows(
+    prompts: Sequence[Sequence[int]],  # B prompts
+    responses: Sequence[Sequence[int]],  # B responses
+    device: str | torch.device = "cpu",
+) -> Rows:
+    """Joins prompts and responses into one padded batch."""
+    lengths = [(len(p), len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    width = max(end for _, end in lengths)
+    rows = [[*p, *r] + [0] * (width - end) for p, r, (_, end) in zip(prompts, responses, lengths, strict=True)]
+    start, end = torch.tensor(lengths, device=device).T[..., None]
+    position = torch.arange(width, device=device)[None]
+    return Rows(torch.tensor(rows, device=device), (position >= start) & (position < end))
+
+# %% ../../nbs/core/03_language_model.ipynb #3a8233e2
+def trunk(
+    model: Any,  # SmallLM, or any transformers causal language model
+    ids: Tensor,  # (B, T), padded on the right
+) -> tuple[Tensor, Any]:  # hidden states (B, T, d), a function from hidden states to logits
+    """Everything below the head, and the head."""
+    if hasattr(model, "token_embeddings"):
+        hidden, table = model.hidden_states(ids)
+        return hidden, lambda states: states @ table.T
+    return model.base_model(input_ids=ids).last_hidden_state, model.get_output_embeddings()
 
 # %% ../../nbs/core/03_language_model.ipynb #2d049552
 @dataclass(frozen=True)

@@ -363,7 +363,7 @@ def _wrong_effects(before: HouseState, action: str, after: HouseState) -> list[s
         wrong.append("wrong place")
     if after.hold != expected.hold:
         wrong.append("wrong hands")
-    if list(after.receptacles) != list(expected.receptacles):
+    if set(after.receptacles) != set(expected.receptacles):
         return [*wrong, "other receptacles"]
     for name, r in after.receptacles.items():
         if name == free:

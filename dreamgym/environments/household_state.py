@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..core.data_structures import Task
 
 # %% auto #0
-__all__ = ['PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Receptacle', 'name_of', 'type_of', 'parse_receptacle', 'items',
-           'in_order', 'HouseState', 'parse_state', 'with_property', 'known_items', 'read_observation',
+__all__ = ['PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Receptacle', 'name_of', 'type_of', 'entity_order', 'parse_receptacle',
+           'items', 'in_order', 'HouseState', 'parse_state', 'with_property', 'known_items', 'read_observation',
            'HouseholdMapper', 'receptacle_changes', 'apply_change', 'possible_actions', 'focus', 'excerpt']
 
 # %% ../../nbs/environments/11b_household_state.ipynb #60093780
@@ -53,6 +54,16 @@ def type_of(
     """The type of an entity."""
     return item.split(" ", 1)[0]
 
+
+
+@lru_cache(maxsize=65536)
+def entity_order(
+    item: str,  # 'mug 10 clean'
+) -> tuple[str, int]:  # ('mug', 10)
+    """Sort key of an entity: type, then number."""
+    kind, number, *_ = item.split(" ", 2)
+    return kind, int(number)
+
 # %% ../../nbs/environments/11b_household_state.ipynb #f087d114
 def parse_receptacle(
     text: str,  # right-hand side of a line, punctuation optional
@@ -78,7 +89,7 @@ def in_order(
     items: Iterable[str],
 ) -> tuple[str, ...]:  # sorted by type and number, so that equal knowledge is equal text
     """Canonical order of contents."""
-    return tuple(sorted(items, key=lambda item: (type_of(item), int(item.split(" ", 2)[1]))))
+    return tuple(sorted(items, key=entity_order))
 
 # %% ../../nbs/environments/11b_household_state.ipynb #961e71b3
 @dataclass(slots=True)
@@ -88,14 +99,17 @@ class HouseState:
     task: str
     at: str  # a receptacle's name, or 'nowhere'
     hold: str  # an item, or 'nothing'
-    receptacles: dict[str, Receptacle]  # in the order of the introduction
+    receptacles: dict[str, Receptacle]
     near: dict[str, str]
     last: str  # 'ok', or 'fail ' and the action
 
     def text(self) -> str:
         """The abstract state as text."""
         lines = [f"task: {self.task}", f"at: {self.at}", f"hold: {self.hold}"]
-        lines += [f"{name}: {receptacle.text()}" for name, receptacle in self.receptacles.items()]
+        places = sorted(self.receptacles, key=entity_order)
+        lines += [f"{name}: {self.receptacles[name].text()}" for name in places if self.receptacles[name].visited]
+        unseen = [name for name in places if not self.receptacles[name].visited]
+        lines += [f"unseen: {', '.join(unseen)}"] if unseen else []
         lines += [f"near {place}: {what}" for place, what in self.near.items()]
         return "\n".join([*lines, f"last: {self.last}"])
 
@@ -120,6 +134,8 @@ def parse_state(
             head[key] = value
         elif key.startswith("near "):
             near[key[5:]] = value
+        elif key == "unseen":
+            receptacles |= dict.fromkeys(value.split(", "), Receptacle())
         else:
             receptacles[key] = parse_receptacle(value)
     missing = {"task", "at", "hold", "last"} - set(head)
@@ -408,6 +424,7 @@ def focus(
     names = set(_NAME.findall(action))
     lines = state.split("\n")
     keep = [line for line in lines[3:-1] if line.partition(":")[0] in names]
+    keep += [f"{name}: ?" for name in lines[-2][8:].split(", ") if lines[-2].startswith("unseen") and name in names]
     if not action.startswith(("go to", "open", "close")):
         keep.insert(0, lines[2])
     return "\n".join(keep)

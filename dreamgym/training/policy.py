@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.language_model import LanguageModel, PromptEncoder, build_model, train_tokenizer
+from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, trunk
 
 # %% auto #0
-__all__ = ['TurnCodec', 'Rows', 'make_rows', 'TokenScores', 'Policy', 'trunk']
+__all__ = ['TurnCodec', 'TokenScores', 'Policy']
 
 # %% ../../nbs/training/30_policy.ipynb #e28e72d8
 class TurnCodec:
@@ -45,33 +45,6 @@ class TurnCodec:
     ) -> list[int]:  # (L,) ids, end token included
         """Response ids of a demonstration; used for cloning only."""
         return [*self.tokenizer.encode(action, add_special_tokens=False), self.tokenizer.eos_token_id]
-
-# %% ../../nbs/training/30_policy.ipynb #886aa729
-@dataclass(frozen=True)
-class Rows:
-    """A right-padded batch of prompt + response rows."""
-
-    ids: Tensor  # (B, T)
-    action_mask: Tensor  # (B, T) bool
-
-    @property
-    def tokens(self) -> int:
-        """Number of agent tokens in the batch."""
-        return int(self.action_mask.sum())
-
-
-def make_rows(
-    prompts: Sequence[Sequence[int]],  # B prompts
-    responses: Sequence[Sequence[int]],  # B responses
-    device: str | torch.device = "cpu",
-) -> Rows:
-    """Joins prompts and responses into one padded batch."""
-    lengths = [(len(p), len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
-    width = max(end for _, end in lengths)
-    rows = [[*p, *r] + [0] * (width - end) for p, r, (_, end) in zip(prompts, responses, lengths, strict=True)]
-    start, end = torch.tensor(lengths, device=device).T[..., None]
-    position = torch.arange(width, device=device)[None]
-    return Rows(torch.tensor(rows, device=device), (position >= start) & (position < end))
 
 # %% ../../nbs/training/30_policy.ipynb #83c5aebb
 @dataclass(frozen=True)
@@ -121,14 +94,3 @@ class Policy(nn.Module):
         rows = make_rows(prompts, [[0]] * len(prompts), self.value.weight.device)
         hidden, _ = trunk(self.model, rows.ids)
         return self.value(hidden[:, :-1][rows.action_mask[:, 1:]].to(self.value.weight.dtype))[:, 0].float()
-
-
-def trunk(
-    model: Any,  # SmallLM, or any transformers causal language model
-    ids: Tensor,  # (B, T), padded on the right
-) -> tuple[Tensor, Any]:  # hidden states (B, T, d), a function from hidden states to logits
-    """Everything below the head, and the head."""
-    if hasattr(model, "token_embeddings"):
-        hidden, table = model.hidden_states(ids)
-        return hidden, lambda states: states @ table.T
-    return model.base_model(input_ids=ids).last_hidden_state, model.get_output_embeddings()

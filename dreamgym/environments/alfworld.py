@@ -127,10 +127,10 @@ def find_games(
         return None
     if data_dir is not None:
         return _games_at(Path(data_dir).expanduser(), "environment.data_dir")
-    variable = os.environ.get("ALFWORLD_DATA")
-    if variable:
-        return _games_at(Path(variable).expanduser(), "$ALFWORLD_DATA")
     usual = Path.home() / ".cache" / "alfworld"
+    variable = os.environ.get("ALFWORLD_DATA")  # the alfworld package sets it to the usual place when imported
+    if variable and Path(variable).expanduser() != usual:
+        return _games_at(Path(variable).expanduser(), "$ALFWORLD_DATA")
     found = folder_games(usual) if usual.is_dir() else None
     return found if found and found.ids else None
 
@@ -281,6 +281,7 @@ class OfficialEngine:
 # %% ../../nbs/environments/12_alfworld.ipynb #b1d7bac5
 def _official_env() -> Any:
     """TextWorld's PDDL environment with ALFWorld's names for things. Raises MissingExtra without the extra."""
+    named = os.environ.get("ALFWORLD_DATA")
     try:
         from alfworld.agents.utils.misc import Demangler
         from textworld import EnvInfos
@@ -288,6 +289,9 @@ def _official_env() -> Any:
         from textworld.envs.pddl import PddlEnv
     except ImportError as error:
         raise MissingExtra(error.name or "textworld", "pip install 'dreamgym[alfworld]'") from None
+    finally:
+        if named is None:  # importing alfworld sets it
+            os.environ.pop("ALFWORLD_DATA", None)
 
     class Named(Wrapper):
         """What ALFWorld's AlfredDemangler does, without its other imports."""

@@ -65,7 +65,7 @@ def folder(tmp_path):
 @pytest.fixture(autouse=True)
 def no_usual_places(monkeypatch, tmp_path):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 def pack(path, members, mode="w:xz"):
@@ -196,6 +196,8 @@ def test_missing_and_empty_places(tmp_path, monkeypatch):
         monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / place))
         with pytest.raises(DataError, match="ALFWORLD_DATA"):
             find_games()
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "home" / ".cache" / "alfworld"))  # as the alfworld package sets it
+    assert find_games() is None
 
 
 def test_batch_env_keeps_its_promises():

@@ -33,14 +33,14 @@ COLOURS: Mapping[str, str] = MappingProxyType(
 )
 OTHER_COLOURS = ("#17a2a2", "#b8860b", "#c2519b", "#5b6f2e", "#4c5fb0", "#8b4a3a")
 
-
+# %% ../../nbs/utils/07_plots.ipynb #2048273f
 def method_colour(
     method: str,
 ) -> str:  # '#rrggbb'
     """The colour of a method, the same in every plot."""
     return COLOURS.get(method, OTHER_COLOURS[sum(method.encode()) % len(OTHER_COLOURS)])
 
-
+# %% ../../nbs/utils/07_plots.ipynb #6bc658d8
 def new_axes(
     xlabel: str,
     ylabel: str,  # with unit
@@ -60,7 +60,7 @@ def new_axes(
     axes.set_axisbelow(True)
     return figure, axes
 
-
+# %% ../../nbs/utils/07_plots.ipynb #62371192
 def save_figure(
     figure: Any,
     path: str | Path,  # .png or .svg; its folder is made
@@ -74,7 +74,7 @@ def save_figure(
 # %% ../../nbs/utils/07_plots.ipynb #b11c01b4
 Run = str | Path | Sequence[Mapping[str, Any]]  # run folder, metrics file, or its rows
 
-
+# %% ../../nbs/utils/07_plots.ipynb #387c56c3
 def series(
     run: Run,
     key: str,  # metric, such as 'eval/success'
@@ -92,7 +92,7 @@ def series(
         values.append(wilson_interval(round(value * n), n) if n else Estimate(value, value, value, 0))
     return [row["iteration"] for row in found], values
 
-
+# %% ../../nbs/utils/07_plots.ipynb #1fadef11
 def draw_curve(
     axes: Any,
     iterations: Sequence[int],

@@ -118,7 +118,7 @@ class Hazard:
         high = self.value + half if self.violations else 3 / self.steps
         return Estimate(self.value, max(0.0, self.value - half), min(1.0, high), self.dreams)
 
-
+# %% ../../nbs/utils/06_statistics.ipynb #a7564dc9
 def first_violation_hazard(
     violated: Sequence[bool],  # (m,) whether the dream had a violation
     steps_at_risk: Sequence[int],  # (m,) steps up to and including the first violation, else all

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +19,9 @@ from typing import IO, Any
 from ..core.errors import CheckpointError, ConfigError, DataError
 
 # %% auto #0
-__all__ = ['PREFIXES', 'writing', 'write_text', 'sync_folder', 'whole_lines', 'append_text', 'to_json', 'write_json',
-           'lock_folder', 'check_keys', 'read_jsonl', 'read_metrics', 'scalar_writer', 'write_scalars', 'RunDir',
-           'truncate_file']
+__all__ = ['PREFIXES', 'writing', 'write_text', 'sync_folder', 'whole_lines', 'append_text', 'to_json', 'json_lines',
+           'write_json', 'lock_folder', 'check_keys', 'read_jsonl', 'read_metrics', 'scalar_writer', 'write_scalars',
+           'RunDir', 'synced_size', 'truncate_file']
 
 # %% ../../nbs/utils/05_tracking.ipynb #bfc4f31c
 @contextmanager
@@ -82,7 +82,7 @@ def whole_lines(
         end = start
     return 0
 
-
+# %% ../../nbs/utils/05_tracking.ipynb #718d95a3
 def append_text(
     path: str | Path,  # made if absent
     text: str,  # whole lines
@@ -118,6 +118,11 @@ def to_json(
     return str(value) if isinstance(value, os.PathLike) else value
 
 
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line of JSON a row."""
+    return "".join(json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
 def write_json(
     path: str | Path,
     value: Any,
@@ -150,7 +155,7 @@ def lock_folder(
 # %% ../../nbs/utils/05_tracking.ipynb #0982425b
 PREFIXES = ("rollout", "policy", "value", "dream", "buffer", "curriculum", "eval", "time")
 
-
+# %% ../../nbs/utils/05_tracking.ipynb #1a4da072
 def check_keys(row: Mapping[str, Any]) -> None:
     """Raises ValueError for a key that is neither 'iteration' nor prefixed."""
     for key in row:
@@ -158,7 +163,7 @@ def check_keys(row: Mapping[str, Any]) -> None:
         if key != "iteration" and not (slash and prefix in PREFIXES):
             raise ValueError(f"metric {key!r}: expected iteration or one of {', '.join(p + '/…' for p in PREFIXES)}")
 
-
+# %% ../../nbs/utils/05_tracking.ipynb #91aa19b7
 def read_jsonl(
     path: str | Path,
 ) -> list[dict[str, Any]]:
@@ -174,7 +179,7 @@ def read_jsonl(
                 raise DataError(f"{path}, line {number}: {error}") from error
     return rows
 
-
+# %% ../../nbs/utils/05_tracking.ipynb #98b4306c
 def read_metrics(
     path: str | Path,  # run folder, or a JSONL file
 ) -> list[dict[str, Any]]:  # one dict an iteration
@@ -208,7 +213,7 @@ def write_scalars(
             writer.add_scalar(key, value, step)
 
 # %% ../../nbs/utils/05_tracking.ipynb #a9655335
-class RunDir:
+class RunDir(AbstractContextManager["RunDir"]):
     """A locked run folder with its metrics file."""
 
     def __init__(
@@ -225,15 +230,12 @@ class RunDir:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row of metrics; it needs the key 'iteration'."""
         check_keys(row)
-        plain = to_json(row)
-        append_text(self.metrics, json.dumps(plain, allow_nan=False) + "\n")
-        write_scalars(self._writer, plain, row["iteration"])
+        append_text(self.metrics, json_lines([row]))
+        write_scalars(self._writer, to_json(row), row["iteration"])
 
     def offset(self) -> int:
         """Bytes of metrics that are safely on disk."""
-        with writing(self.metrics), open(self.metrics, "ab") as file:
-            os.fsync(file.fileno())
-            return file.tell()
+        return synced_size(self.metrics)
 
     def truncate(self, offset: int) -> None:
         """Cut the metrics back to a recorded offset."""
@@ -241,8 +243,7 @@ class RunDir:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append JSON lines to another file of the run, such as 'episodes.jsonl'."""
-        lines = (json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        append_text(self.path / name, "".join(lines))
+        append_text(self.path / name, json_lines(rows))
 
     def close(self) -> None:
         """Close the event files and give the lock back."""
@@ -250,13 +251,17 @@ class RunDir:
             self._writer.close()
         self._lock.close()
 
-    def __enter__(self) -> RunDir:
-        return self
-
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+# %% ../../nbs/utils/05_tracking.ipynb #6942b062
+def synced_size(path: Path) -> int:
+    """Bytes of a file, forced to disk."""
+    with writing(path), open(path, "ab") as file:
+        os.fsync(file.fileno())
+        return file.tell()
 
+# %% ../../nbs/utils/05_tracking.ipynb #c85e7327
 def truncate_file(
     path: Path,
     offset: int,  # bytes to keep

@@ -39,7 +39,7 @@ STYLE = """<style>
 .dg .dg-pair > div { min-width: 0; } .dg summary { cursor: pointer; }
 </style>"""
 
-
+# %% ../../nbs/utils/08_widgets.ipynb #34bcca1d
 def text_block(
     label: str,
     text: Any,  # anything; shown as text
@@ -60,7 +60,7 @@ def outcome(
     success = episode.get("success")
     return "open" if success is None else "won" if success is True else "lost"
 
-
+# %% ../../nbs/utils/08_widgets.ipynb #9dd4a548
 def head_html(episode: Mapping[str, Any]) -> str:
     """Tags and task of an episode."""
     source, end = str(episode.get("source", "")), outcome(episode)
@@ -69,7 +69,7 @@ def head_html(episode: Mapping[str, Any]) -> str:
     task = escape(str(episode.get("task") or episode.get("task_id", ""))[:500])
     return f'<div class="dg-head">{spans}<b>{task}</b> · {len(episode.get("turns", []))} turns</div>'
 
-
+# %% ../../nbs/utils/08_widgets.ipynb #47bf527e
 def turn_html(
     turn: Mapping[str, Any],
     number: int,  # from 0
@@ -82,7 +82,7 @@ def turn_html(
     reward_text = escape(f"{reward:g}" if isinstance(reward, (int, float)) else str(reward))
     return f'<div class="{css}"><div class="dg-label">turn {number} · reward {reward_text}{note}</div>{blocks}</div>'
 
-
+# %% ../../nbs/utils/08_widgets.ipynb #4feb3324
 def episode_html(
     episode: Mapping[str, Any],  # a row of episodes.jsonl
     turn: int | None = None,  # only this turn; None: all of them
@@ -163,7 +163,7 @@ def browse_episodes(
     show()
     return widgets.VBox([widgets.HBox([source, turn]), widgets.HBox([picker, beside]), pane])
 
-
+# %% ../../nbs/utils/08_widgets.ipynb #a1bf51f2
 def episode_options(
     episodes: Sequence[Mapping[str, Any]],
     source: str,  # 'all', 'dream' or 'real'
@@ -176,7 +176,7 @@ def episode_options(
         if source in ("all", e.get("source"))
     ]
 
-
+# %% ../../nbs/utils/08_widgets.ipynb #9b85efe7
 def one_turn(
     episode: Mapping[str, Any],
     number: int,  # from 1; 0: all turns

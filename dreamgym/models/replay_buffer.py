@@ -33,8 +33,8 @@ __all__ = ['COLUMNS', 'SCHEMA_VERSION', 'INDEXED', 'Encoder', 'HashingEncoder', 
            'evict_oldest', 'rewind_rows', 'purge_rows', 'rank_keys', 'top_ids', 'ExactIndex', 'vector_norms',
            'sort_rows', 'add_actions', 'candidate_spans', 'action_cosines', 'RetrievalQuery', 'Search', 'score_block',
            'allowed_rows', 'ruled_out', 'find', 'balanced_quotas', 'balanced_ids', 'ImportReport', 'parse_experience',
-           'read_jsonl', 'write_jsonl', 'ExperienceArchive', 'rows_by_id', 'catch_up', 'ExperienceReplayBuffer',
-           'retrieve_rows']
+           'read_jsonl', 'write_jsonl', 'ExperienceArchive', 'store_stats', 'rows_by_id', 'catch_up',
+           'ExperienceReplayBuffer', 'retrieve_rows']
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #55c671f9
 class Encoder(Protocol):
@@ -129,7 +129,7 @@ CREATE TABLE counts (iteration INTEGER, name TEXT, n INTEGER, PRIMARY KEY (itera
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #de8fe41f
 def open_store(
     path: str | Path | None,  # file, made with its folders if absent; None: in memory
 ) -> sqlite3.Connection:
@@ -214,20 +214,11 @@ class ExperienceStore:
     def add_many(self, experiences: Iterable[Experience]) -> int:
         """Store rows in one transaction; returns how many were admitted."""
         with transaction(self.db, self.path):
-            rows, refused = admit(self, experiences)
+            rows = admit(self, experiences)
             insert_rows(self.db, rows)
-            add_counts(self.db, refused)
             evicted = evict_oldest(self.db, self._size + len(rows) - self.config.capacity)
         self._size += len(rows) - evicted
         return len(rows)
-
-    def add_experience(self, e: Experience) -> bool:
-        """Store one row; False if it was refused. For many rows `add_many` is much faster."""
-        return self.add_many([e]) == 1
-
-    def add_trajectory(self, trajectory: Sequence[Experience]) -> int:
-        """Store the rows of one episode; returns how many were admitted."""
-        return self.add_many(trajectory)
 
     def rewind(self, iteration: int) -> None:
         """Back to the end of an iteration, exactly as it was. Raises DataError if `purge` has passed it."""
@@ -247,8 +238,8 @@ class ExperienceStore:
 def admit(
     store: ExperienceStore,
     experiences: Iterable[Experience],
-) -> tuple[list[Experience], Counter]:  # rows to write; how many were refused, by (iteration, reason)
-    """Apply quality threshold and duplicate check, in order."""
+) -> list[Experience]:  # rows to write
+    """Apply quality threshold and duplicate check, in order, and count what is refused."""
     rows, seen = [], set()
     refused: Counter = Counter()
     known = "SELECT 1 FROM experiences WHERE content = ? AND evicted_at IS NULL"
@@ -261,9 +252,10 @@ def admit(
         else:
             seen.add(key)
             rows.append(e)
-    return rows, refused
+    add_counts(store.db, refused)
+    return rows
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #e1eeeddc
 def add_counts(
     db: sqlite3.Connection,
     counts: Counter,  # by (iteration, name)
@@ -272,7 +264,7 @@ def add_counts(
     rows = [(iteration, name, n) for (iteration, name), n in counts.items()]
     db.executemany("INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n", rows)
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #c1e5a254
 def evict_oldest(
     db: sqlite3.Connection,
     n: int,  # rows above capacity; nothing happens if it is not positive
@@ -351,7 +343,7 @@ def top_ids(
 # %% ../../nbs/models/20_replay_buffer.ipynb #aa24c3ee
 INDEXED = ("world_id", "action", "episode_id", "env", "split", "source", "success")
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #7d688dd3
 class ExactIndex:
     """Vectors and integer-coded columns of the live rows."""
 
@@ -387,7 +379,7 @@ class ExactIndex:
         for slot in range(max(new.start, self.n_sorted), self.n):
             self.tail.setdefault(int(self.columns["world_id"][slot]), []).append(slot)
 
-# %% ../../nbs/models/20_replay_buffer.ipynb #7d688dd3
+# %% ../../nbs/models/20_replay_buffer.ipynb #f3ade127
 def vector_norms(
     vectors: np.ndarray,  # (n, dim)
 ) -> np.ndarray:  # (n,) lengths; 1 for a zero vector, whose cosines are then 0
@@ -395,7 +387,7 @@ def vector_norms(
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
     return np.where(norms > 0, norms, np.float32(1))
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #593e3deb
 def sort_rows(index: ExactIndex) -> None:
     """Drop dead rows and order the rest by (world, action, id)."""
     keep = np.flatnonzero(index.live[: index.n])
@@ -409,7 +401,7 @@ def sort_rows(index: ExactIndex) -> None:
     index.pairs = (world[:n].astype(np.int64) << 32) | action[:n]
     index.tail = {}
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #a52191b1
 def add_actions(index: ExactIndex) -> None:
     """Encode the action texts that came with the last rows."""
     new = list(index.codes["action"])[len(index.actions) :]
@@ -439,7 +431,7 @@ def candidate_spans(
     tails = [tuple(index.tail.get(world, ())) for world in worlds.tolist()]
     return [span if world >= 0 else (0, 0, ()) for world, span in zip(worlds.tolist(), zip(starts, stops, tails))]
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #15dce3ee
 def action_cosines(
     index: ExactIndex,
     actions: Sequence[str],  # of the queries
@@ -519,7 +511,7 @@ def allowed_rows(
             allowed[: index.n] &= index.columns[name][: index.n] == index.codes[name].get(value, -1)
     return allowed
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #c37635f2
 def ruled_out(
     index: ExactIndex,
     slots: np.ndarray,  # (B, N) or (1, N)
@@ -635,7 +627,7 @@ def read_jsonl(
                     raise DataError(f"{path}, line {number}: {error}") from error
                 bad.append((number, str(error)))
 
-
+# %% ../../nbs/models/20_replay_buffer.ipynb #6aea4a53
 def write_jsonl(
     path: str | Path,
     experiences: Iterable[Experience],
@@ -654,17 +646,17 @@ def write_jsonl(
 class ExperienceArchive(ExperienceStore):
     """An experience store that can be counted, sampled, exported and imported."""
 
+    def add_experience(self, e: Experience) -> bool:
+        """Store one row; False if it was refused. For many rows `add_many` is much faster."""
+        return self.add_many([e]) == 1
+
+    def add_trajectory(self, trajectory: Sequence[Experience]) -> int:
+        """Store the rows of one episode; returns how many were admitted."""
+        return self.add_many(trajectory)
+
     def stats(self) -> dict[str, int]:
         """Live rows by kind, distinct worlds and episodes, and what was evicted or refused so far."""
-        live = "FROM experiences WHERE evicted_at IS NULL"
-        kinds = "count(*), sum(source = 'real'), sum(source = 'synthetic'), sum(success = 1), sum(success = 0)"
-        distinct = "count(DISTINCT world_id), count(DISTINCT episode_id)"
-        values = self.db.execute(f"SELECT {kinds}, {distinct} {live}").fetchone()
-        names = ("size", "real", "synthetic", "success", "failure", "worlds", "episodes")
-        counts = {"quality": 0, "duplicate": 0, "purged": 0}
-        counts.update(self.db.execute("SELECT name, sum(n) FROM counts GROUP BY name"))
-        evicted = self.db.execute("SELECT count(*) FROM experiences WHERE evicted_at IS NOT NULL").fetchone()[0]
-        return {name: value or 0 for name, value in zip(names, values)} | {"tombstones": evicted} | counts
+        return store_stats(self.db)
 
     def sample_balanced(
         self,
@@ -687,7 +679,19 @@ class ExperienceArchive(ExperienceStore):
         rows = list(read_jsonl(path, bad, strict))
         return ImportReport(len(rows), self.add_many(rows), bad)
 
+# %% ../../nbs/models/20_replay_buffer.ipynb #f16afe53
+def store_stats(db: sqlite3.Connection) -> dict[str, int]:
+    """The counts of `ExperienceArchive.stats`."""
+    live = "FROM experiences WHERE evicted_at IS NULL"
+    kinds = "count(*), sum(source = 'real'), sum(source = 'synthetic'), sum(success = 1), sum(success = 0)"
+    values = db.execute(f"SELECT {kinds}, count(DISTINCT world_id), count(DISTINCT episode_id) {live}").fetchone()
+    names = ("size", "real", "synthetic", "success", "failure", "worlds", "episodes")
+    counts = {"quality": 0, "duplicate": 0, "purged": 0}
+    counts.update(db.execute("SELECT name, sum(n) FROM counts GROUP BY name"))
+    evicted = db.execute("SELECT count(*) FROM experiences WHERE evicted_at IS NOT NULL").fetchone()[0]
+    return {name: value or 0 for name, value in zip(names, values)} | {"tombstones": evicted} | counts
 
+# %% ../../nbs/models/20_replay_buffer.ipynb #c7e19dd3
 def rows_by_id(db: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Experience]:
     """Experiences by id, read 500 at a time."""
     wanted = sorted(set(ids))

@@ -17,14 +17,7 @@ import numpy as np
 
 from ..core.data_structures import Experience, StepResult, Task, Trajectory
 from ..environments.base_env import Environment, StateMapper
-from dreamgym.utils.statistics import (
-    Estimate,
-    Hazard,
-    first_violation_hazard,
-    normal_quantile,
-    paired_difference,
-    wilson_interval,
-)
+from ..utils.statistics import Estimate, Hazard, first_violation_hazard, paired_difference, wilson_interval
 from ..utils.widgets import Html
 
 if TYPE_CHECKING:  # these import torch
@@ -33,11 +26,11 @@ if TYPE_CHECKING:  # these import torch
 Check = Callable[[str, str, str, float, bool], Sequence[str]]  # state, action, next state, reward, terminated
 
 # %% auto #0
-__all__ = ['Check', 'Facts', 'share', 'Detection', 'detect', 'changed_facts', 'facts_f1', 'TeacherForced', 'violation_kinds',
-           'works', 'score_predictions', 'teacher_forced', 'copied', 'copy_nearest', 'dream_steps', 'Violation',
-           'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy', 'RealityGap', 'success_by_task',
-           'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'change_text', 'beside_real', 'html_table',
-           'FidelityReport', 'turned', 'plain', 'plot_hazard_by_depth']
+__all__ = ['Check', 'Facts', 'share', 'text_of', 'Detection', 'detect', 'changed_facts', 'facts_f1', 'TeacherForced',
+           'violation_kinds', 'works', 'score_predictions', 'teacher_forced', 'copied', 'copy_nearest', 'dream_steps',
+           'Violation', 'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy', 'RealityGap',
+           'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'change_text', 'beside_real',
+           'html_table', 'FidelityReport', 'turned', 'plain', 'plot_hazard_by_depth']
 
 # %% ../../nbs/training/37_fidelity.ipynb #3c965ca8
 def share(
@@ -46,6 +39,11 @@ def share(
 ) -> Estimate:
     """Share with Wilson's interval; of nothing, an unknown one."""
     return wilson_interval(successes, n) if n else Estimate(math.nan, 0.0, 1.0, 0)
+
+
+def text_of(estimate: Estimate) -> str:
+    """An estimate for a table."""
+    return "–" if math.isnan(estimate.value) else str(estimate)
 
 # %% ../../nbs/training/37_fidelity.ipynb #1be13741
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ def facts_f1(
         return Estimate(math.nan, 0.0, 1.0, len(true))
     f1 = float(hits / size)
     residual = float(((table[:, 0] - f1 * table[:, 1]) ** 2).sum())
-    half = normal_quantile(0.95) * math.sqrt(m / (m - 1) * residual) / float(size) if m > 1 else 1.0
+    half = 1.96 * math.sqrt(m / (m - 1) * residual) / float(size) if m > 1 else 1.0
     return Estimate(f1, max(0.0, f1 - half), min(1.0, f1 + half), len(true))
 
 # %% ../../nbs/training/37_fidelity.ipynb #93453b5c
@@ -133,7 +131,7 @@ class TeacherForced:
         for name in ("reward", "terminated", "works"):
             detection = getattr(self, name)
             columns |= {f"{name} precision": detection.precision, f"{name} recall": detection.recall}
-        return {"model": self.name, "steps": self.n} | {key: str(value) for key, value in columns.items()}
+        return {"model": self.name, "steps": self.n} | {key: text_of(value) for key, value in columns.items()}
 
 # %% ../../nbs/training/37_fidelity.ipynb #c6fc3e16
 def violation_kinds(
@@ -194,7 +192,7 @@ def teacher_forced(
     batch: int = 256,  # predictions per call
     name: str = "experience model",
 ) -> TeacherForced:
-    """Asks the model for every recorded step, at the temperature of its config; retrieval leaves out the step's episode."""
+    """Asks the model, at its own temperature, for every recorded step; retrieval leaves out the step's episode."""
     from dreamgym.models.experience_sft import training_queries
 
     queries = training_queries(experiences, model.config.history)
@@ -210,7 +208,7 @@ def copied(
     mapper: StateMapper,
 ) -> Experience:  # a prediction
     """The neighbour's change applied to another state."""
-    origin = {"source": "synthetic", "task_id": e.task_id, "world_id": e.world_id, "episode_id": e.episode_id}
+    origin: dict[str, Any] = {"source": "synthetic", "task_id": e.task_id, "world_id": e.world_id}
     try:
         if neighbour is None:
             raise ValueError("nothing similar is on record")
@@ -337,7 +335,7 @@ class OnPolicy:
         shares = {"malformed": self.malformed, "dream success": self.success}
         shares |= {"reward precision": self.reward.precision, "reward recall": self.reward.recall}
         hazard = {"hazard": f"{h.value:.4f}", "standard error": f"{h.se:.4f}"}
-        return {"dreams of": self.name} | counts | hazard | {key: str(value) for key, value in shares.items()}
+        return {"dreams of": self.name} | counts | hazard | {key: text_of(value) for key, value in shares.items()}
 
 # %% ../../nbs/training/37_fidelity.ipynb #fda806a1
 def on_policy(
@@ -377,7 +375,7 @@ class RealityGap:
 
     def row(self) -> dict[str, Any]:
         """One line of a table."""
-        return {"dream success": str(self.dream), "real success": str(self.real), "gap": str(self.gap)}
+        return {"dream success": text_of(self.dream), "real success": text_of(self.real), "gap": text_of(self.gap)}
 
 
 def success_by_task(
@@ -404,9 +402,9 @@ def reality_gap(
         )
     sides = [success_by_task(side) for side in (dream, real)]
     both = sorted(set(sides[0]) & set(sides[1]))
-    means = [[float(np.mean(side[task])) for task in both] for side in sides]
+    dreamt, happened = ([float(np.mean(side[task])) for task in both] for side in sides)
     totals = [share(sum(map(sum, side.values())), sum(map(len, side.values()))) for side in sides]
-    return RealityGap(*totals, paired_difference(*means))
+    return RealityGap(totals[0], totals[1], paired_difference(dreamt, happened))
 
 # %% ../../nbs/training/37_fidelity.ipynb #aa4403e7
 @dataclass(frozen=True, slots=True)
@@ -419,7 +417,8 @@ class Replay:
 
     def row(self) -> dict[str, Any]:
         """One line of a table."""
-        return {"succeed for real": str(self.success), "real transitions": self.transitions, "aborted": self.aborted}
+        counts = {"real transitions": self.transitions, "aborted": self.aborted}
+        return {"succeed for real": text_of(self.success)} | counts
 
 
 def real_continuation(
@@ -442,7 +441,7 @@ def wm2real(
     trajectories: Sequence[Trajectory],  # dreams; those without success are passed over
     env: Environment,
 ) -> Replay:
-    """Share of dream-successful action sequences that succeed for real. Raises ValueError for a task made up by a model."""
+    """Share of dream-won action sequences that win for real. Raises ValueError for a task that a model made up."""
     chosen = [t for t in trajectories if t.success and t.aborted is None]
     made_up = [t.task.id for t in chosen if t.task.source != "real"]
     if made_up:
@@ -497,19 +496,18 @@ def html_table(
     """A table of escaped text."""
     if not rows:
         return Html("")
-    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{}</td>'
-    head = "".join(f'<th style="text-align:left">{escape(str(name))}</th>' for name in rows[0])
-    lines = ["".join(cell.format(escape(_cell(value))) for value in row.values()) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in rows[0])
+    body = "".join(f"<tr>{''.join(map(_cell, row.values()))}</tr>" for row in rows)
     caption = f"<p><b>{escape(title)}</b></p>" if title else ""
     return Html(f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def _cell(value: Any) -> str:
-    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+    text = ("no", "yes")[value] if isinstance(value, bool) else str(value)
+    return f"<td>{escape(text)}</td>".replace("\n", "<br>")
 
 # %% ../../nbs/training/37_fidelity.ipynb #3b3e3705
-@dataclass
+@dataclass(repr=False)
 class FidelityReport:
     """Everything measured about a dream; what was not measured is absent."""
 
@@ -530,6 +528,9 @@ class FidelityReport:
             html_table(self.beside, "A dream beside the real continuation"),
         ]
         return "".join(tables) or "<p>nothing measured</p>"
+
+    def __repr__(self) -> str:
+        return f"FidelityReport of {', '.join(m.name for m in self.measured()) or 'nothing'}"
 
     def measured(self) -> list[TeacherForced | OnPolicy]:
         """All that counted violations."""

@@ -27,7 +27,7 @@ from dreamgym.environments.household_state import (
 
 # %% auto #0
 __all__ = ['HouseGoal', 'read_instruction', 'goal_holds', 'read_command', 'Verdict', 'judge', 'can_contain', 'expected_state',
-           'reasoning_trace', 'goal_trace', 'violations']
+           'is_determined', 'reasoning_trace', 'goal_trace', 'violations']
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #9c4f9250
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,12 @@ def _check_take(state: HouseState, verb: str, item: str, place: str) -> Verdict:
 def _check_move(state: HouseState, verb: str, item: str, place: str) -> Verdict:
     fits = can_contain(type_of(place), type_of(item))
     word = {True: "fits", False: "unfit", None: "maybe"}[fits]
-    facts = (f"at {state.at}", f"{place} {_condition(state, place)}", _hold(state), f"{type_of(item)} {word} {type_of(place)}")
+    facts = (
+        f"at {state.at}",
+        f"{place} {_condition(state, place)}",
+        _hold(state),
+        f"{type_of(item)} {word} {type_of(place)}",
+    )
     if state.at != place:
         return _elsewhere(state, place, facts)
     ready = state.here.status != "closed" and name_of(state.hold) == item
@@ -287,6 +292,16 @@ def _set_property(state: HouseState, verb: str, names: tuple[str, ...]) -> None:
         state.hold = with_property(state.hold, prop)
     elif prop and _there(state, names[0], state.at):
         _edit(state, state.at, lambda items: [with_property(i, prop) if name_of(i) == names[0] else i for i in items])
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #cf86b2c1
+def is_determined(
+    state: str,
+    action: str,
+) -> bool:
+    """Whether what is known gives the next state word for word."""
+    before = parse_state(state)
+    works = judge(before, action).ok
+    return works is False or (works is True and action != "look" and not expected_state(before, action)[1])
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #cc50b241
 def reasoning_trace(

@@ -120,6 +120,7 @@ class TeacherForced:
     facts: Estimate  # F1 of changed facts
     violating: Estimate  # share of predictions that contradict known facts or rules
     malformed: Estimate
+    false_alarms: Estimate  # share of the recorded steps themselves that the checker condemns
     reward: Detection  # positive: a reward
     terminated: Detection  # positive: the end
     works: Detection  # positive: the action has an effect
@@ -127,7 +128,8 @@ class TeacherForced:
 
     def row(self) -> dict[str, Any]:
         """One line of a table."""
-        columns = {key: getattr(self, key) for key in ("exact", "determined", "facts", "violating", "malformed")}
+        keys = ("exact", "determined", "facts", "violating", "false_alarms", "malformed")
+        columns = {key.replace("_", " "): getattr(self, key) for key in keys}
         for name in ("reward", "terminated", "works"):
             detection = getattr(self, name)
             columns |= {f"{name} precision": detection.precision, f"{name} recall": detection.recall}
@@ -167,8 +169,12 @@ def score_predictions(
     same = [p.valid and p.next_state == e.next_state for p, e in pairs]
     known = [ok for ok, e in zip(same, experiences, strict=True) if determined(e)] if determined else []
     wrong = [violation_kinds(p, check) for p in predictions]
-    guessed = [changed_facts(mapper, p.state, p.next_state) if p.valid else Facts() for p in predictions]
+    alarms = [check(e.state, e.action, e.next_state, e.reward, e.terminated) for e in experiences] if check else []
     true = [changed_facts(mapper, e.state, e.next_state) for e in experiences]
+    guessed = [
+        t if ok else changed_facts(mapper, p.state, p.next_state) if p.valid else Facts()
+        for p, ok, t in zip(predictions, same, true, strict=True)
+    ]
     return TeacherForced(
         name=name,
         n=len(pairs),
@@ -177,6 +183,7 @@ def score_predictions(
         facts=facts_f1(guessed, true, [e.episode_id for e in experiences]),
         violating=share(sum(map(bool, wrong)), len(wrong) if check else 0),
         malformed=share(sum(not p.valid for p in predictions), len(pairs)),
+        false_alarms=share(sum(map(bool, alarms)), len(alarms)),
         reward=detect((p.reward > 0 for p in predictions), (e.reward > 0 for e in experiences)),
         terminated=detect((p.terminated for p in predictions), (e.terminated for e in experiences)),
         works=detect((works(p, mapper) for p in predictions), (works(e, mapper) for e in experiences)),

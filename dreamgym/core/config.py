@@ -74,7 +74,7 @@ class ReasoningModelConfig(Section):
 
     section: ClassVar[str] = "reasoning_model"
     name: str = Field("scratch", description="'scratch', or a Hugging Face name or folder [ours]")
-    architecture: str = Field("lfm2", description="transformers model type built from scratch [ours]")
+    architecture: str = Field("SmallLM", description="our small model, or a transformers family: Lfm2, Llama [ours]")
     d_model: int = Field(64, gt=0, description="width of a model from scratch (units) [ours]")
     layers: int = Field(3, gt=0, description="depth of a model from scratch (blocks) [ours]")
     heads: int = Field(2, gt=0, description="attention heads of a model from scratch [ours]")
@@ -92,6 +92,7 @@ class ReasoningModelConfig(Section):
     cpu_seconds: float | None = Field(
         None, gt=0, description="train so many CPU-seconds instead of train_steps; not repeatable bit by bit [ours]"
     )
+    demo_dropout: float = Field(0.1, ge=0, le=1, description="share of training prompts without demos [ours]")
     annotation: Literal["rules", "llm"] = Field("rules", description="who writes the reasoning in the data [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #29cd0917
@@ -100,7 +101,7 @@ class PolicyModelConfig(Section):
 
     section: ClassVar[str] = "policy_model"
     name: str = Field("scratch", description="'scratch', or a Hugging Face name or folder [ours]")
-    architecture: str = Field("lfm2", description="transformers model type built from scratch [ours]")
+    architecture: str = Field("SmallLM", description="our small model, or a transformers family: Lfm2, Llama [ours]")
     d_model: int = Field(64, gt=0, description="width of a model from scratch (units) [ours]")
     layers: int = Field(2, gt=0, description="depth of a model from scratch (blocks) [ours]")
     heads: int = Field(2, gt=0, description="attention heads of a model from scratch [ours]")
@@ -127,7 +128,8 @@ class BufferConfig(Section):
     same_world: bool = Field(True, description="retrieve only from the world of the task [ours]")
     action_weight: float = Field(0.5, ge=0, le=1, description="weight of the action's similarity [ours]")
     encoder: Literal["hashing"] = Field("hashing", description="text encoder of the index [ours]")
-    encoder_dim: int = Field(1024, gt=0, description="width of an embedding [ours]")
+    same_action: bool = Field(True, description="with same_world: only rows of exactly that action [ours]")
+    encoder_dim: int = Field(256, gt=0, description="width of an embedding [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #8a058a67
 class CurriculumConfig(Section):
@@ -156,6 +158,7 @@ class RLConfig(Section):
     epochs: int = Field(2, gt=0, description="passes over each iteration's turns [ours]; 1 [verl-agent]")
     minibatch: int = Field(256, gt=0, description="turns per update [ours]")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this [verl-agent]")
+    kl_stop: float = Field(0.05, gt=0, description="stop an update above this KL to its behaviour policy (nats) [ours]")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts [verl-agent]")
     invalid_action_penalty: float = Field(0.0, ge=0, description="cost of a failed action [ours]; 0.1 [verl-agent]")
 
@@ -172,6 +175,9 @@ class TrainingConfig(Section):
     eval_every: int = Field(3, ge=0, description="iterations between evaluations; 0: only at the end [ours]")
     eval_episodes: int = Field(400, gt=0, description="real games of a closing evaluation (episodes) [ours]")
     eval_temperature: float = Field(0.0, ge=0, description="policy's temperature in evaluation; 0 is greedy [ours]")
+    validation_episodes: int = Field(200, ge=0, description="real games of an evaluation in between (episodes) [ours]")
+    validation_temperature: float = Field(1.0, ge=0, description="policy's temperature in these; 0 is greedy [ours]")
+    gap_episodes: int = Field(128, ge=0, description="real games that measure the dream-real gap (episodes) [ours]")
     gap_limit: float = Field(0.2, ge=0, description="warn above this dream success minus real success [ours]")
     save_every: int = Field(1, gt=0, description="iterations between checkpoints [ours]")
     keep_last: int = Field(3, gt=0, description="newest checkpoints kept [ours]")

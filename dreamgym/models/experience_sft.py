@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,13 +43,14 @@ def encode_examples(
     experiences: Sequence[Experience],
     model: ReasoningExperienceModel,  # its prompt, retrieval and mapper; its weights are not used
     tokenizer: Any,
+    without_demos: Sequence[bool] = (),  # rows whose prompt shows no demonstration
     batch: int = 256,  # queries per retrieval
 ) -> list[tuple[list[int], list[int]]]:  # prompt ids, target ids with the end token
     """Tokenised training examples."""
     queries = training_queries(experiences, model.config.history)
     prompts: list[str] = []
     for start in range(0, len(queries), batch):
-        prompts += model.prompts(queries[start : start + batch])
+        prompts += model.prompts(queries[start : start + batch], without_demos[start : start + batch])
     targets = [render_target(e, model.mapper, model.config.reasoning) for e in experiences]
     encoded = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
     return list(zip(PromptEncoder(tokenizer)(prompts), [[*ids, tokenizer.eos_token_id] for ids in encoded], strict=True))

@@ -92,10 +92,9 @@ def render_demo(
     demo: Experience,
     mapper: StateMapper,
 ) -> str:  # 'open drawer 1 > drawer 1: open, mug 1'
-    """One retrieved experience in a line or two."""
-    excerpt = getattr(mapper, "excerpt", None)
-    outcome = excerpt(demo.next_state, demo.action) if excerpt else mapper.diff(demo.state, demo.next_state)
-    return f"{demo.action} > {outcome}"
+    """One retrieved experience in short: the action and what it changed, in the words of the contract."""
+    change = mapper.diff(demo.state, demo.next_state)
+    return f"{demo.action} > {'fail' if change.startswith('fail ') else change}"
 
 
 def render_prompt(
@@ -141,11 +140,17 @@ class ReasoningExperienceModel:
         top_k = self.buffer_config.top_k
         if self.buffer is None or not top_k or not len(self.buffer):
             return [[] for _ in queries]
-        return self.buffer.retrieve(queries, top_k)
+        first_look = self.buffer_config.same_world and self.buffer_config.same_action
+        return self.buffer.lookup(queries, top_k) if first_look else self.buffer.retrieve(queries, top_k)
 
-    def prompts(self, queries: Sequence[Query]) -> list[str]:
+    def prompts(
+        self,
+        queries: Sequence[Query],
+        without_demos: Sequence[bool] = (),  # queries that show none; empty: all show theirs
+    ) -> list[str]:
         """The prompt of each query, demonstrations included."""
         demos = self.demos(queries)
+        demos = [[] if bare else d for d, bare in zip(demos, without_demos or [False] * len(demos), strict=True)]
         history = self.config.history
         return [render_prompt(q, d, self.mapper, history) for q, d in zip(queries, demos, strict=True)]
 

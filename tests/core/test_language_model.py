@@ -1,0 +1,242 @@
+"""Tokenizer, models from scratch and generation: what is read back, padded, cached or saved stays the same."""
+
+import itertools
+
+import pytest
+import torch
+
+from dreamgym.core.config import EnvironmentConfig
+from dreamgym.core.errors import DataError
+from dreamgym.core.language_model import (
+    LanguageModel,
+    PromptEncoder,
+    SamplingParams,
+    TransformersGenerator,
+    build_model,
+    load_language_model,
+    make_rows,
+    sample_token,
+    train_tokenizer,
+    trunk,
+)
+from dreamgym.core.llm import GeneratorClient, Request
+from dreamgym.environments.base_env import make_environment
+from dreamgym.environments.household_rules import reasoning_trace
+from dreamgym.environments.household_state import parse_state
+from dreamgym.environments.offline import Behaviour, record
+
+FAMILIES = ("SmallLM", "Lfm2", "Llama")
+
+
+@pytest.fixture(scope="module")
+def env():
+    return make_environment("alfworld", EnvironmentConfig(data_dir="generated"))
+
+
+@pytest.fixture(scope="module")
+def rows(env):
+    episodes = record(env, env.tasks("train")[:40], Behaviour("noisy", 0.4))
+    return [row for episode in episodes for row in episode]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(env, rows):
+    texts = itertools.chain.from_iterable((r.state, r.action, r.next_state) for r in rows)
+    texts = [*texts, *(reasoning_trace(r.state, r.action, r.next_state) for r in rows)]
+    texts += [env.mapper.diff(r.state, r.next_state) for r in rows]
+    return train_tokenizer([*texts, "reward 0", "reward 1 end", "no change", "fail"])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tokenizer):
+    built = build_model(tokenizer, request.param, hidden_size=32, layers=2, seed=3)
+    with torch.no_grad():  # as after some training: no weight is zero
+        for weights in built.parameters():
+            weights += 0.1 * torch.randn_like(weights)
+    return LanguageModel(built, tokenizer)
+
+
+def prompts_of(tokenizer, lengths=(3, 40, 17, 1, 90, 41), seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, len(tokenizer), (n,), generator=random).tolist() for n in lengths]
+
+
+# ---- tokenizer
+
+
+def back(tokenizer, text):
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+
+
+def test_actions_come_back_word_for_word(tokenizer, rows):
+    for action in {row.action for row in rows}:
+        assert back(tokenizer, action) == action
+
+
+def test_changes_mean_the_same_after_a_round_trip(tokenizer, rows, env):
+    for row in rows:
+        change = env.mapper.diff(row.state, row.next_state)
+        assert env.mapper.merge(row.state, back(tokenizer, change)) == row.next_state
+
+
+def test_states_and_reasoning_lose_only_punctuation(tokenizer, rows):
+    for row in rows[:300]:
+        thought = reasoning_trace(row.state, row.action, row.next_state)
+        for text in (row.state, thought):
+            assert back(tokenizer, text) == text.replace(":", "").replace(",", "")
+    assert parse_state(rows[0].state).text() == rows[0].state
+
+
+@pytest.mark.parametrize("entities", ["merged", "split"])
+def test_template_keeps_the_prefix(entities):
+    tokenizer = train_tokenizer(["take mug 1 from desk 2", "ok"], entities)
+    chat = [{"role": "user", "content": "take mug 1"}, {"role": "assistant", "content": "ok"}]
+    longer = [*chat, {"role": "user", "content": "from desk 2"}]
+    short = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.apply_chat_template(longer, tokenize=False).startswith(short)
+    (prompt,) = PromptEncoder(tokenizer)(["take mug 1"])
+    whole = tokenizer(short, add_special_tokens=False)["input_ids"]
+    assert whole[: len(prompt)] == prompt and whole[-1] == tokenizer.eos_token_id
+    assert len(tokenizer("mug 1")["input_ids"]) == (1 if entities == "merged" else 2)
+
+
+def test_unknown_words_are_one_unknown_token(tokenizer):
+    ids = tokenizer("zyzzyva", add_special_tokens=False)["input_ids"]
+    assert ids == [tokenizer.unk_token_id]
+
+
+# ---- padding and cache
+
+
+def test_right_padding_changes_nothing(model, tokenizer):
+    prompts = prompts_of(tokenizer)
+    together = make_rows(prompts, [[7, 8]] * len(prompts))
+    with torch.no_grad():
+        hidden, head = trunk(model.model, together.ids)
+        for i, prompt in enumerate(prompts):
+            alone = model.model(torch.tensor([[*prompt, 7, 8]])).logits[0]
+            assert torch.allclose(head(hidden[i, : len(alone)]), alone, atol=1e-5)
+
+
+def test_action_mask_covers_the_responses_only():
+    rows = make_rows([[1, 2, 3], [4]], [[5], [6, 7]])
+    assert rows.ids.tolist() == [[1, 2, 3, 5], [4, 6, 7, 0]] and rows.tokens == 3
+    assert rows.ids[rows.action_mask].tolist() == [5, 6, 7]
+
+
+def test_batched_generation_equals_a_naive_loop(model, tokenizer):
+    """Left padding, the cache and dropped rows leave tokens and log-probabilities as they are."""
+    prompts, budget = prompts_of(tokenizer), 12
+    stops = tuple(
+        range(6, len(tokenizer), 4)
+    )  # a quarter of the vocabulary ends a response: rows end at different times
+    replies = TransformersGenerator(model).generate(prompts, SamplingParams(budget, 0.0, stop_ids=stops))
+    assert len({len(reply.ids) for reply in replies}) > 1
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids, ends = list(prompt), {*stops, tokenizer.eos_token_id}
+        for token, logprob in zip(reply.ids, reply.logprobs, strict=True):
+            with torch.no_grad():
+                logprobs = model.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            assert int(logprobs.argmax()) == token and abs(float(logprobs[token]) - logprob) < 1e-5
+            ids.append(token)
+        assert reply.stop_reason == ("stop" if reply.ids[-1] in ends else "length")
+        assert not ends & set(reply.ids[:-1]) and (reply.stop_reason == "stop" or len(reply.ids) == budget)
+
+
+def test_chunks_change_nothing(model, tokenizer):
+    prompts = prompts_of(tokenizer)
+    whole, parts = (TransformersGenerator(model, chunk).generate(prompts, SamplingParams(6, 0.0)) for chunk in (128, 2))
+    assert [r.ids for r in whole] == [r.ids for r in parts]
+
+
+def test_seeds_repeat_and_differ(model, tokenizer):
+    prompts, generator = prompts_of(tokenizer), TransformersGenerator(model)
+    one, same, other = (generator.generate(prompts, SamplingParams(6, 1.0, seed)) for seed in (1, 1, 2))
+    assert [r.ids for r in one] == [r.ids for r in same] != [r.ids for r in other]
+
+
+def test_logprobs_are_those_of_the_sampling_temperature(model, tokenizer):
+    prompts = prompts_of(tokenizer)
+    for reply, prompt in zip(
+        TransformersGenerator(model).generate(prompts, SamplingParams(4, 0.5, 0)), prompts, strict=True
+    ):
+        with torch.no_grad():
+            logits = model.model(torch.tensor([[*prompt, *reply.ids]])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.5).log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None])[:, 0]
+        assert torch.allclose(expected, torch.tensor(reply.logprobs), atol=1e-5)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(30_000, 1)
+    tokens, _ = sample_token(logits, 0.7, torch.Generator().manual_seed(0))
+    share = tokens.bincount(minlength=3) / len(tokens)
+    assert torch.allclose(share, (logits[0] / 0.7).softmax(-1), atol=0.01)
+
+
+def test_sync_marks_the_version(model, tokenizer):
+    generator = TransformersGenerator(model)
+    generator.sync(model.model, 7)
+    assert {r.version for r in generator.generate(prompts_of(tokenizer), SamplingParams(1, 0.0))} == {7}
+
+
+def test_no_prompts_no_replies(model):
+    assert TransformersGenerator(model).generate([], SamplingParams()) == []
+
+
+# ---- building, saving, loading
+
+
+def test_same_seed_same_weights(tokenizer):
+    a, b, c = (build_model(tokenizer, hidden_size=16, layers=1, seed=seed) for seed in (0, 0, 1))
+    first, second, third = (torch.cat([p.flatten() for p in m.parameters()]) for m in (a, b, c))
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_saved_models_come_back(model, tokenizer, tmp_path):
+    model.save(tmp_path / "model")
+    again = load_language_model(tmp_path / "model")
+    assert not list(tmp_path.rglob("*.bin")) and list(tmp_path.rglob("*.safetensors"))
+    prompts = prompts_of(tokenizer)
+    old, new = (TransformersGenerator(m).generate(prompts, SamplingParams(6, 0.0)) for m in (model, again))
+    assert [r.ids for r in old] == [r.ids for r in new] and [r.logprobs for r in old] == [r.logprobs for r in new]
+    assert back(again.tokenizer, "go to desk 1") == "go to desk 1" and again.parameters == model.parameters
+    assert again.tokenizer.chat_template == tokenizer.chat_template
+
+
+def test_unknown_family_and_missing_folder_are_clear(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="'Lama'.*LamaConfig"):
+        build_model(tokenizer, "Lama")
+    with pytest.raises(DataError, match="expected a hub name or a folder"):
+        load_language_model(tmp_path / "nothing here")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError):
+        load_language_model(tmp_path)
+
+
+def test_entities_share_their_type(tokenizer):
+    """'mug 1' and 'mug 2' have the part 'mug' in common, so what is learned of one helps with the other."""
+    model = build_model(tokenizer, hidden_size=16, layers=1)
+    vocab, table = tokenizer.get_vocab(), model.token_embeddings()
+    step = table[vocab["desk 2"]] - table[vocab["desk 1"]]
+    assert torch.allclose(step, table[vocab["drawer 2"]] - table[vocab["drawer 1"]], atol=1e-6)
+
+
+# ---- text client
+
+
+def test_client_answers_in_order_whatever_the_grouping(model):
+    requests = [Request(f"desk {1 + i % 3}", max_new_tokens=2 + i % 2, temperature=0.0) for i in range(12)]
+    client = GeneratorClient(model)
+    together = client.complete(requests)
+    assert client.calls == 2 and [client.complete([r])[0] for r in requests] == together
+    assert all(1 <= r.completion_tokens <= q.max_new_tokens for r, q in zip(together, requests, strict=True))
+    assert all(r.prompt_tokens > 0 and "<|" not in r.text for r in together)
+    assert client.complete([]) == []
+
+
+def test_client_seeds(model):
+    requests = [Request("desk 1", max_new_tokens=6)] * 8
+    one, same, other = (GeneratorClient(model, seed=seed).complete(requests) for seed in (0, 0, 5))
+    assert one == same != other
+    client = GeneratorClient(model, seed=0)
+    assert client.complete(requests) == one and client.complete(requests) != one  # each call draws anew

@@ -6,28 +6,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
-from .household import PLACES
-from .household_games import CLOSED, DECORATION, TRAITS_OF
+from dreamgym.environments.household import (
+    PLACES,
+)
+from dreamgym.environments.household_games import (
+    CLOSED,
+    DECORATION,
+    TRAITS_OF,
+)
 from dreamgym.environments.household_state import (
     APPLIANCES,
-    NOTHING_HAPPENS,
-    HouseholdMapper,
     HouseState,
     Receptacle,
-    apply_change,
-    in_order,
+    Variant,
+    failed_state,
     known_items,
+    mark,
     name_of,
     parse_state,
+    place_of,
+    together,
+    touch,
+    transfer,
     type_of,
     with_property,
 )
 
 # %% auto #0
-__all__ = ['HouseGoal', 'read_instruction', 'goal_holds', 'read_command', 'Verdict', 'judge', 'can_contain', 'expected_state',
-           'is_determined', 'reasoning_trace', 'goal_trace', 'violations']
+__all__ = ['HouseGoal', 'read_instruction', 'within_reach', 'goal_holds', 'read_command', 'Verdict', 'every', 'judge',
+           'may_be_closed', 'can_contain', 'expected_state', 'is_determined', 'reasoning_trace', 'goal_trace',
+           'violations']
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #9c4f9250
 @dataclass(frozen=True, slots=True)
@@ -56,27 +69,39 @@ _GOALS = (
 )
 
 
+@lru_cache(maxsize=4096)
 def read_instruction(
     instruction: str,  # 'put a clean mug in cabinet.'
 ) -> HouseGoal:
     """The goal that an instruction names. Raises ValueError for a sentence of another kind."""
     for pattern, names in _GOALS:
         if m := pattern.match(instruction.strip()):
-            fields: dict = dict(zip(names, m.groups(), strict=True))
+            fields: dict[str, Any] = dict(zip(names, m.groups(), strict=True))
             fields |= {"prop": {"heat": "hot"}.get(fields["prop"], fields["prop"])} if "prop" in fields else {}
             fields |= {"count": 2} if "count" in fields else {}
             return HouseGoal(**fields)
     raise ValueError(f"household instruction: expected one of ALFWorld's sentences, got {instruction!r}")
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #eb7bd896
+def within_reach(
+    state: HouseState,
+) -> list[str]:  # items with their properties
+    """Items known to be at the agent's place, not those in its hands."""
+    if not state.near or state.at not in state.receptacles:
+        return list(state.here.contents or ())
+    group = place_of(state, state.at)[0]
+    beside = [t for place in group for t in state.near.get(place, "").split(", ") if t.count(" ") > 1]
+    return [i for place in sorted(group) for i in state.receptacles[place].contents or ()] + beside
+
+
 def goal_holds(
     state: HouseState,
     goal: HouseGoal,
 ) -> bool:
     """Whether what is known of the state satisfies the goal."""
     if goal.lamp:
-        lamps = [i for i in state.here.contents or () if type_of(i) == goal.lamp and i.endswith(" on")]
-        return bool(lamps) and type_of(state.hold) == goal.item
+        lit = any(i.endswith(" on") and type_of(i) == goal.lamp for i in within_reach(state))
+        return lit and type_of(state.hold) == goal.item
     places = [r for name, r in state.receptacles.items() if type_of(name) == goal.place]
     return any(sum(_fits_goal(i, goal) for i in r.contents or ()) >= goal.count for r in places)
 
@@ -92,7 +117,8 @@ _COMMANDS = tuple(
         ("open", "open X"),
         ("close", "close X"),
         ("take", "take X from X"),
-        ("move", "(?:move|put) X (?:to|in/on|in|on) X"),
+        ("move", "move X to X"),
+        ("put", "put X in/on X"),
         ("heat", "heat X with X"),
         ("cool", "cool X with X"),
         ("clean", "clean X with X"),
@@ -105,13 +131,17 @@ _COMMANDS = tuple(
     )
 )
 
-
+# %% ../../nbs/environments/11c_household_rules.ipynb #752cb2af
+@lru_cache(maxsize=65536)
 def read_command(
     action: str,
-) -> tuple[str, tuple[str, ...]]:  # verb and the names that it takes; ('', ()) for anything else
+    style: str = "move",  # 'move' or 'put': the games know one of them
+) -> tuple[str, tuple[str, ...]]:  # verb ('move' in both styles) and names; ('', ()) for anything else
     """A command's verb and arguments."""
     for verb, pattern in _COMMANDS:
-        if m := pattern.fullmatch(action):
+        if m := pattern.fullmatch(action.strip()):
+            if verb in ("move", "put"):
+                return ("move", m.groups()) if verb == style else ("", ())
             return verb, m.groups()
     return "", ()
 
@@ -124,17 +154,25 @@ class Verdict:
     facts: tuple[str, ...]  # 'at drawer 1', 'hold nothing', 'mug 1 there'
 
 
+def every(
+    *answers: bool | None,
+) -> bool | None:  # None: unknown
+    """Three-valued 'and'."""
+    return False if False in answers else None if None in answers else True
+
+
 def judge(
     state: HouseState,
     action: str,
+    variant: Variant = Variant(),
 ) -> Verdict:
     """Applies the rules to what is known."""
-    verb, names = read_command(action)
+    verb, names = read_command(action, variant.style)
     if verb in ("look", "inventory", "help"):
         return Verdict(verb != "help" or None, ())
     if not verb:
         return Verdict(False, ("no command",))
-    return _CHECKS[verb](state, verb, *names)
+    return _CHECKS[verb](state, variant, verb, *names)
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #2bc584ca
 def _condition(state: HouseState, place: str) -> str:
@@ -150,60 +188,103 @@ def _there(state: HouseState, item: str, place: str) -> bool:
 
 
 def _hold(state: HouseState) -> str:
-    return f"hold {name_of(state.hold) if state.hold != 'nothing' else 'nothing'}"
+    return f"hold {name_of(state.hold)}"
 
 
-def _check_go(state: HouseState, verb: str, place: str) -> Verdict:
-    r = state.receptacles.get(place)
-    seen = "missing" if r is None else "seen" if r.contents is not None else _condition(state, place)
-    near = place in state.near.get(state.at, "").split(", ")  # shares the place: not a way to go
-    ok = r is not None and place != state.at and not near
-    return Verdict(ok, (f"at {state.at}", f"{place} {seen}"))
+def _presence(item: str, there: bool | None) -> str:
+    return f"{item} {'there' if there else 'absent'}"
 
 
-def _check_door(state: HouseState, verb: str, place: str) -> Verdict:
-    condition = _condition(state, place)
-    facts = (f"at {state.at}", f"{place} {condition}")
-    if state.at != place:
-        return Verdict(None if _may_share(state, place) else False, facts)
-    return Verdict(condition == {"open": "closed", "close": "open"}[verb], facts)
+def _at(state: HouseState, place: str, reach: bool | None) -> str:
+    return f"at {state.at} near {place}" if reach and place != state.at else f"at {state.at}"
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #650d10bc
-def _may_share(state: HouseState, place: str) -> bool:
-    """True if `look` has shown that a receptacle is within reach although the agent is not at it."""
-    return place in state.near.get(state.at, "").split(", ")
+def _reach(state: HouseState, place: str, variant: Variant) -> bool | None:
+    """Whether a receptacle is at the agent's place."""
+    if place == state.at or place not in state.receptacles or state.at not in state.receptacles:
+        return place == state.at
+    return together(state, state.at, place) if variant.shared_places else False
 
 
-def _elsewhere(state: HouseState, place: str, facts: tuple[str, ...]) -> Verdict:
-    return Verdict(None if _may_share(state, place) else False, facts)
+def may_be_closed(
+    receptacle_type: str,
+    variant: Variant = Variant(),
+) -> bool | None:  # None: some are
+    """Whether receptacles of a type have a door, closed at the start."""
+    if variant.irregular and receptacle_type in ("cabinet", "drawer", "safe"):
+        return None
+    return receptacle_type in CLOSED
 
 
-def _check_take(state: HouseState, verb: str, item: str, place: str) -> Verdict:
-    there = _there(state, item, place)
+def _visible(state: HouseState, place: str, variant: Variant) -> bool | None:
+    """Whether the contents of a receptacle are in the open."""
+    r = state.receptacles.get(place, Receptacle())
+    if r.visited:
+        return r.status != "closed"
+    closed = may_be_closed(type_of(place), variant)
+    return closed if closed is None else not closed
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #ce7fb6d8
+def _item_in(state: HouseState, item: str, place: str, variant: Variant) -> bool | None:
+    """Whether an item is in a receptacle."""
+    r = state.receptacles.get(place, Receptacle())
+    if any(name_of(i) == item for i in r.contents or ()):
+        return True
+    elsewhere = not variant.irregular and _location(state, item) is not None
+    return False if r.seen or elsewhere else None
+
+
+def _location(state: HouseState, item: str) -> str | None:
+    """Where an item is known to be: a receptacle's name, or 'hold'."""
+    if name_of(state.hold) == item:
+        return "hold"
+    return next((p for p in state.receptacles if _there(state, item, p)), None)
+
+
+def _item_near(state: HouseState, item: str, variant: Variant) -> bool | None:
+    """Whether an item is in some receptacle at the agent's place."""
+    if any(name_of(i) == item for i in within_reach(state)):
+        return True
+    if state.at not in state.receptacles:
+        return False
+    if not variant.shared_places:
+        return _item_in(state, item, state.at, variant)
+    group, whole = place_of(state, state.at)
+    if whole and all(state.receptacles[place].seen for place in group):
+        return False
+    place = None if variant.irregular else _location(state, item)
+    return None if place is None else _reach(state, place, variant)
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #49d1e5e6
+def _check_go(state: HouseState, variant: Variant, verb: str, place: str) -> Verdict:
+    r, reach = state.receptacles.get(place), _reach(state, place, variant)
+    seen = "missing" if r is None else "seen" if r.seen else _condition(state, place)
+    ok = every(r is not None, None if reach is None else not reach)
+    return Verdict(ok, (_at(state, place, reach), f"{place} {seen}"))
+
+
+def _check_door(state: HouseState, variant: Variant, verb: str, place: str) -> Verdict:
+    condition, reach = _condition(state, place), _reach(state, place, variant)
+    fits: bool | None = condition == {"open": "closed", "close": "open"}[verb]
+    if condition == "unseen" and verb == "open":
+        fits = may_be_closed(type_of(place), variant)
+    return Verdict(every(reach, fits), (_at(state, place, reach), f"{place} {condition}"))
+
+
+def _check_take(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
+    reach, there = _reach(state, place, variant), _item_in(state, item, place, variant)
     condition = f"{place} {_condition(state, place)}"
-    facts = (f"at {state.at}", condition, _hold(state), f"{item} {'there' if there else 'absent'}")
-    if state.at != place:
-        return _elsewhere(state, place, facts)
-    fixed = type_of(item) not in TRAITS_OF["pickupable"]
-    ok = there and state.here.status != "closed" and state.hold == "nothing" and not fixed
-    return Verdict(ok if not (fixed and there) else (False if type_of(item) in PLACES else None), facts)
+    facts = (_at(state, place, reach), condition, _hold(state), _presence(item, there))
+    loose = type_of(item) in TRAITS_OF["pickupable"] or _unknown_type(item, variant)
+    return Verdict(every(reach, _visible(state, place, variant), there, state.hold == "nothing", loose), facts)
 
 
-def _check_move(state: HouseState, verb: str, item: str, place: str) -> Verdict:
-    fits = can_contain(type_of(place), type_of(item))
-    word = {True: "fits", False: "unfit", None: "maybe"}[fits]
-    facts = (
-        f"at {state.at}",
-        f"{place} {_condition(state, place)}",
-        _hold(state),
-        f"{type_of(item)} {word} {type_of(place)}",
-    )
-    if state.at != place:
-        return _elsewhere(state, place, facts)
-    ready = state.here.status != "closed" and name_of(state.hold) == item
-    return Verdict(fits if ready else False, facts)
+def _unknown_type(item: str, variant: Variant) -> bool | None:
+    """None if the tables may not know an item's type, else False."""
+    known = type_of(item) in PLACES or type_of(item) in DECORATION
+    return None if variant.irregular and not known else False
 
-
+# %% ../../nbs/environments/11c_household_rules.ipynb #369e2bfd
 def can_contain(
     receptacle_type: str,
     item_type: str,
@@ -212,129 +293,142 @@ def can_contain(
     places = PLACES.get(item_type) or DECORATION.get(item_type)
     return None if places is None else receptacle_type in places
 
-# %% ../../nbs/environments/11c_household_rules.ipynb #ce7fb6d8
-def _check_treat(state: HouseState, verb: str, item: str, place: str) -> Verdict:
-    suits = APPLIANCES.get(type_of(place)) == verb and type_of(item) in TRAITS_OF[_TRAIT[verb]]
-    facts = (f"at {state.at}", _hold(state), f"{type_of(item)} {'can' if suits else 'cannot'} {verb} {type_of(place)}")
-    if state.at != place:
-        return _elsewhere(state, place, facts)
-    return Verdict(suits and name_of(state.hold) == item, facts)
+
+def _doubtful(place: str, variant: Variant) -> bool:
+    """Whether a receptacle's name does not tell its type."""
+    return variant.irregular and type_of(place) == "bathtubbasin"
+
+
+def _fits(item: str, place: str, variant: Variant) -> bool | None:
+    fits = can_contain(type_of(place), type_of(item))
+    return None if _doubtful(place, variant) and can_contain("sinkbasin", type_of(item)) != fits else fits
+
+
+def _check_move(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
+    reach, fits = _reach(state, place, variant), _fits(item, place, variant)
+    word = {True: "fits", False: "unfit", None: "maybe"}[fits]
+    condition = f"{place} {_condition(state, place)}"
+    facts = (_at(state, place, reach), condition, _hold(state), f"{type_of(item)} {word} {type_of(place)}")
+    return Verdict(every(reach, _visible(state, place, variant), name_of(state.hold) == item, fits), facts)
 
 
 _TRAIT = {"heat": "heatable", "cool": "coolable", "clean": "cleanable"}
 
 
-def _check_slice(state: HouseState, verb: str, item: str, knife: str) -> Verdict:
-    there = _there(state, item, state.at)
-    facts = (f"at {state.at}", _hold(state), f"{item} {'there' if there else 'absent'}")
+def _check_treat(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
+    reach = _reach(state, place, variant)
+    suits: bool | None = APPLIANCES.get(type_of(place)) == verb and type_of(item) in TRAITS_OF[_TRAIT[verb]]
+    if verb == "clean" and _doubtful(place, variant) and type_of(item) in TRAITS_OF["cleanable"]:
+        suits = None
+    word = "can" if suits else "cannot"
+    facts = (_at(state, place, reach), _hold(state), f"{type_of(item)} {word} {verb} {type_of(place)}")
+    return Verdict(every(reach, suits, name_of(state.hold) == item), facts)
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #493facbb
+def _check_slice(state: HouseState, variant: Variant, verb: str, item: str, knife: str) -> Verdict:
+    there = _item_near(state, item, variant)
+    facts = (f"at {state.at}", _hold(state), _presence(item, there))
     sharp = type_of(knife) in ("knife", "butterknife") and name_of(state.hold) == knife
-    if not sharp or type_of(item) not in TRAITS_OF["sliceable"]:
-        return Verdict(False, facts)
-    return Verdict(True if there else None if state.here.contents is None or state.near.get(state.at) else False, facts)
+    ok = every(sharp, type_of(item) in TRAITS_OF["sliceable"], None if variant.irregular else there)
+    return Verdict(ok, facts)
 
 
-def _check_use(state: HouseState, verb: str, item: str) -> Verdict:
-    there = _there(state, item, state.at)
-    facts = (f"at {state.at}", f"{item} {'there' if there else 'absent'}")
-    if type_of(item) not in TRAITS_OF["toggleable"]:
-        return Verdict(False if type_of(item) in PLACES else None, facts)
-    return Verdict(True if there else None if state.near.get(state.at) or state.here.contents is None else False, facts)
+def _check_use(state: HouseState, variant: Variant, verb: str, item: str) -> Verdict:
+    there = _item_near(state, item, variant)
+    switch = type_of(item) in TRAITS_OF["toggleable"] or _unknown_type(item, variant)
+    return Verdict(every(switch, there), (f"at {state.at}", _presence(item, there)))
 
 
-def _check_examine(state: HouseState, verb: str, name: str) -> Verdict:
+def _check_examine(state: HouseState, variant: Variant, verb: str, name: str) -> Verdict:
     if name in state.receptacles:
-        facts = (f"at {state.at}", f"{name} {_condition(state, name)}")
-        return Verdict(True, facts) if state.at == name else _elsewhere(state, name, facts)
-    there = name_of(state.hold) == name or None if state.hold != "nothing" else None
-    return Verdict(there, (_hold(state), f"{name} {'there' if _there(state, name, state.at) else 'absent'}"))
+        reach = _reach(state, name, variant)
+        return Verdict(reach, (_at(state, name, reach), f"{name} {_condition(state, name)}"))
+    return Verdict(name_of(state.hold) == name, (_hold(state), _presence(name, _there(state, name, state.at))))
 
 
-_CHECKS = {"go": _check_go, "open": _check_door, "close": _check_door, "take": _check_take, "move": _check_move}
-_CHECKS |= {"heat": _check_treat, "cool": _check_treat, "clean": _check_treat, "slice": _check_slice}
+_CHECKS: dict[str, Callable[..., Verdict]] = {"go": _check_go, "open": _check_door, "close": _check_door}
+_CHECKS |= {"take": _check_take, "move": _check_move, "slice": _check_slice}
+_CHECKS |= {"heat": _check_treat, "cool": _check_treat, "clean": _check_treat}
 _CHECKS |= {"use": _check_use, "examine": _check_examine}
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #ee092ee2
 def expected_state(
     state: HouseState,
     action: str,  # an action that works
+    variant: Variant = Variant(),
 ) -> tuple[HouseState, str]:  # the next state, and the place whose line is free ('' if all is determined)
     """The next state, as far as the rules determine it."""
-    verb, names = read_command(action)
+    verb, names = read_command(action, variant.style)
     after = replace(state, receptacles=dict(state.receptacles), near=dict(state.near), last="ok")
-    free = ""
+    target = names[-1] if names and names[-1] in state.receptacles else ""
+    r, free = state.receptacles.get(target, Receptacle()), ""
     if verb == "go":
-        after.at = names[0]
-        free = names[0] if state.receptacles[names[0]].contents is None else ""
+        after.at, free = target, "" if r.visited else target
     elif verb in ("open", "close"):
-        r = state.receptacles[names[0]]
-        after.receptacles[names[0]] = replace(r, status="open" if verb == "open" else "closed")
-        free = names[0] if r.contents is None and verb == "open" else ""
-    elif verb == "take":
-        apply_change(after, f"hold: {known_items(state)[names[0]]}")
-        _edit(after, names[1], lambda items: [i for i in items if name_of(i) != names[0]])
-    elif verb == "move":
-        _edit(after, names[1], lambda items: [*items, state.hold])
-        after.hold = "nothing"
-    else:
-        _set_property(after, verb, names)
+        after.receptacles[target] = Receptacle(True, "open" if verb == "open" else "closed", r.contents)
+        free = target if verb == "open" and not r.seen else ""
+    elif verb in ("take", "move"):
+        transfer(after, names[0], target, into=verb == "move")
+    elif verb == "examine":
+        free = target if not r.visited else ""
+    elif verb in _PROPERTY:
+        mark(after, names[0], _PROPERTY[verb])
+    if target and verb != "go":
+        touch(after, target)
     return after, free
 
 
-def _edit(state: HouseState, place: str, change) -> None:
-    r = state.receptacles[place]
-    state.receptacles[place] = replace(r, contents=in_order(change(r.contents or ())))
+_PROPERTY = {"heat": "hot", "cool": "cool", "clean": "clean", "slice": "sliced", "use": "on"}
 
-
-def _set_property(state: HouseState, verb: str, names: tuple[str, ...]) -> None:
-    """Effects of heat, cool, clean, slice and use; everything else changes nothing."""
-    prop = {"heat": "hot", "cool": "cool", "clean": "clean", "slice": "sliced", "use": "on"}.get(verb)
-    if prop and name_of(state.hold) == names[0]:
-        state.hold = with_property(state.hold, prop)
-    elif prop and _there(state, names[0], state.at):
-        _edit(state, state.at, lambda items: [with_property(i, prop) if name_of(i) == names[0] else i for i in items])
-
-# %% ../../nbs/environments/11c_household_rules.ipynb #cf86b2c1
+# %% ../../nbs/environments/11c_household_rules.ipynb #d22b4272
 def is_determined(
     state: str,
     action: str,
+    variant: Variant = Variant(),
 ) -> bool:
     """Whether what is known gives the next state word for word."""
     before = parse_state(state)
-    works = judge(before, action).ok
-    return works is False or (works is True and action != "look" and not expected_state(before, action)[1])
+    works = judge(before, action, variant).ok
+    open_ended = action == "look" or (
+        variant.cool_start and action.startswith("examine")
+    )  # a thing may prove to be cool
+    return works is False or (works is True and not open_ended and not expected_state(before, action, variant)[1])
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #cc50b241
 def reasoning_trace(
     state: str,
     action: str,
     next_state: str,  # what really happened; its last line gives the verdict
+    variant: Variant = Variant(),
 ) -> str:  # one line, such as 'at drawer 1; drawer 1 closed; ok'
     """The reasoning for one real transition."""
-    before, after = parse_state(state), parse_state(next_state)
-    verdict = "ok" if after.last == "ok" else "fail"
-    parts = [*judge(before, action).facts, verdict]
-    if verdict == "ok":
-        parts += goal_trace(after, action, read_instruction(before.task))
-    return "; ".join(parts)
+    before = parse_state(state)
+    facts = judge(before, action, variant).facts
+    if next_state.rpartition("\n")[2] != "last: ok":
+        return "; ".join([*facts, "fail"])
+    goal = read_instruction(before.task)
+    return "; ".join([*facts, "ok", *goal_trace(parse_state(next_state), action, goal, variant)])
 
 
 def goal_trace(
     after: HouseState,
     action: str,
     goal: HouseGoal,
+    variant: Variant = Variant(),
 ) -> list[str]:  # empty where the action cannot reach the goal
     """The goal, the facts that decide it, and whether it holds."""
-    verb, names = read_command(action)
-    done = "done" if goal_holds(after, goal) else "not yet"
+    verb, names = read_command(action, variant.style)
     if goal.lamp and verb in ("go", "take", "use"):
-        lamps = [i for i in after.here.contents or () if type_of(i) == goal.lamp]
-        return [f"goal {goal.text()}", _hold(after), " and ".join(lamps) or "no lamp", done]
-    if goal.place and verb == "move":
-        r = after.receptacles.get(names[1], Receptacle())
-        moved = next((i for i in r.contents or () if name_of(i) == names[0]), names[0])
-        more = [f"{sum(_fits_goal(i, goal) for i in r.contents or ())} there"] if goal.count > 1 else []
-        return [f"goal {goal.text()}", f"{moved} in {type_of(names[1])}", *more, done]
-    return []
+        lamps = [i for i in within_reach(after) if type_of(i) == goal.lamp]
+        facts = [_hold(after), " and ".join(lamps) or "no lamp"]
+    elif goal.place and verb == "move":
+        contents = after.receptacles.get(names[1], Receptacle()).contents or ()
+        moved = next((i for i in contents if name_of(i) == names[0]), names[0])
+        more = [f"{sum(_fits_goal(i, goal) for i in contents)} there"] if goal.count > 1 else []
+        facts = [f"{moved} in {type_of(names[1])}", *more]
+    else:
+        return []
+    return [f"goal {goal.text()}", *facts, "done" if goal_holds(after, goal) else "not yet"]
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #f6c1ddaf
 def violations(
@@ -343,59 +437,121 @@ def violations(
     next_state: str,  # predicted
     reward: float,  # predicted
     terminated: bool,  # predicted
+    variant: Variant = Variant(),
 ) -> list[str]:  # names of what is wrong; empty: nothing known is contradicted
     """How a predicted transition contradicts known facts or the rules of the world."""
     before = parse_state(state)
     try:
         after = parse_state(next_state)
+        if after.text() != next_state:
+            return ["malformed state"]
     except ValueError:
         return ["malformed state"]
     works = after.last == "ok"
-    verdict = judge(before, action)
-    wrong = []
+    verdict = judge(before, action, variant)
     if verdict.ok is not None and verdict.ok != works:
         return ["accepted an impossible action" if works else "rejected a possible action"]
-    if verdict.ok is not None or not works:
-        wrong += _wrong_effects(before, action, after) if works else _changed(before, after)
-    goal = read_instruction(before.task)
-    achieved = works and goal_holds(after, goal) and not (goal_holds(before, goal) and not terminated)
-    if bool(reward > 0) != achieved or terminated != achieved:
-        wrong.append("missed reward" if achieved else "false reward")
-    return wrong
-
-
-def _changed(before: HouseState, after: HouseState) -> list[str]:
-    same = replace(before, last="") == replace(after, last="")
-    return [] if same else ["a failed action changed the state"]
+    if works:
+        wrong = _wrong_effects(before, action, after, variant)
+    else:
+        same = next_state == failed_state(state, action, variant)
+        wrong = [] if same else ["a failed action changed the state"]
+    return wrong + _wrong_reward(before, action, after, reward, terminated, variant)
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #2d4cfef0
-def _wrong_effects(before: HouseState, action: str, after: HouseState) -> list[str]:
+def _wrong_effects(before: HouseState, action: str, after: HouseState, variant: Variant) -> list[str]:
     """Differences between a predicted state and what the rules determine."""
-    expected, free = expected_state(before, action)
-    verb, _ = read_command(action)
-    wrong = []
-    if (after.at, after.task) != (expected.at, expected.task):
-        wrong.append("wrong place")
-    if after.hold != expected.hold:
-        wrong.append("wrong hands")
+    expected, free = expected_state(before, action, variant)
+    verb, names = read_command(action, variant.style)
+    found = verb == "examine" and variant.cool_start and name_of(before.hold) == names[0]
+    if found and after.hold == with_property(before.hold, "cool"):
+        mark(expected, names[0], "cool")  # it was cool from the start
     if set(after.receptacles) != set(expected.receptacles):
-        return [*wrong, "other receptacles"]
+        return ["other receptacles"]
+    wrong = ["other task"] if after.task != expected.task else []
+    wrong += ["wrong place"] if after.at != expected.at else []
+    wrong += ["wrong hands"] if after.hold != expected.hold else []
+    wrong += ["wrong surroundings"] if _wrong_near(expected, after, verb, variant) else []
     for name, r in after.receptacles.items():
         if name == free:
-            wrong += _implausible(before, name, r, verb)
-        elif r != expected.receptacles[name] and verb not in ("look", "examine"):
+            wrong += _wrong_look(before, name, r, verb, variant)
+        elif r != expected.receptacles[name]:
             wrong.append("wrong contents" if r.contents != expected.receptacles[name].contents else "wrong door")
     return wrong
 
 
-def _implausible(before: HouseState, place: str, r: Receptacle, verb: str) -> list[str]:
+def _wrong_near(expected: HouseState, after: HouseState, verb: str, variant: Variant) -> bool:
+    """`look` may find neighbours, all at once; nothing else is free."""
+    if after.near == expected.near:
+        return False
+    if verb != "look" or not variant.shared_places:
+        return True
+    known, names = expected.near.get(expected.at, "?").split(", "), after.near.get(after.at, "?").split(", ")
+    elsewhere = [name for name in names if name in after.receptacles and together(expected, after.at, name) is False]
+    others = after.near | {after.at: ""} != expected.near | {after.at: ""}
+    return others or bool(elsewhere) or "?" in names or not set(known) - {"?"} <= set(names)
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #a2c44a17
+def _wrong_look(before: HouseState, place: str, r: Receptacle, verb: str, variant: Variant) -> list[str]:
     """What is wrong with the imagined look of a place that was never seen inside."""
-    closed = type_of(place) in CLOSED
-    if verb == "go" and (r.status == "closed") != closed:
+    closed = may_be_closed(type_of(place), variant)
+    door = r.status == "open" if verb == "open" else r.status != "open" and closed in (None, r.status == "closed")
+    if not door or not r.visited or (r.contents is None) != (r.status == "closed"):
         return ["wrong door"]
-    if (r.contents is None) != (r.status == "closed"):
-        return ["wrong door"]
-    names = [name_of(i) for i in r.contents or ()]
-    if len(set(names)) < len(names) or set(names) & set(known_items(before)):
+    known, names = known_items(before), [name_of(i) for i in r.contents or ()]
+    if any(item != known.get(name, name) for item, name in zip(r.contents or (), names, strict=True)):
+        return ["wrong contents"]
+    if r.contents is not None and any(name_of(i) not in names for i in before.receptacles[place].contents or ()):
+        return ["wrong contents"]
+    elsewhere = set() if variant.irregular else _placed(before, place)
+    if len(set(names)) < len(names) or elsewhere & set(names):
         return ["duplicate item"]
-    return ["misplaced item"] if any(can_contain(type_of(place), type_of(n)) is False for n in names) else []
+    unfit = not variant.irregular and any(can_contain(type_of(place), type_of(name)) is False for name in names)
+    return ["misplaced item"] if unfit or any(name in before.receptacles for name in names) else []
+
+
+def _placed(state: HouseState, place: str) -> set[str]:
+    """Names of the items known to be somewhere else than in one receptacle."""
+    others = (r.contents or () for name, r in state.receptacles.items() if name != place)
+    return {name_of(state.hold), *(name_of(i) for contents in others for i in contents)}
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #77c41132
+def _wrong_reward(
+    before: HouseState, action: str, after: HouseState, reward: float, terminated: bool, variant: Variant
+) -> list[str]:
+    """Whether reward and end contradict the goal."""
+    goal, works = read_instruction(before.task), after.last == "ok"
+    holds = works and goal_holds(after, goal)
+    achieved = holds and (terminated or not goal_holds(before, goal))
+    if works and terminated == (reward > 0) and _hidden(before, action, after, goal, variant):
+        return []
+    if (reward > 0) != achieved or terminated != achieved:
+        return ["missed reward" if achieved else "false reward"]
+    return []
+
+
+def _hidden(before: HouseState, action: str, after: HouseState, goal: HouseGoal, variant: Variant) -> bool:
+    """Whether hidden facts decide if an action that worked has fulfilled the goal."""
+    verb, names = read_command(action, variant.style)
+    if verb == "move" and _doubtful(names[1], variant) and goal.place in ("bathtubbasin", "sinkbasin"):
+        return True
+    if goal_holds(after, goal):
+        return False
+    if goal.lamp:
+        held = verb in ("go", "take", "use") and type_of(after.hold) == goal.item
+        return held and variant.shared_places and _lamp_may_be_near(after, goal)
+    if verb == "move" and type_of(names[1]) == goal.place and type_of(names[0]) == goal.item:
+        item = known_items(before).get(names[0], names[0])
+        chilled = variant.cool_start and goal.prop == "cool" and not item.endswith((" hot", " cool"))
+        return chilled or (goal.count > 1 and not after.receptacles[names[1]].seen)
+    if variant.irregular and _PROPERTY.get(verb) == goal.prop and type_of(names[0]) == goal.item:
+        return any(type_of(name) == goal.place and not r.seen for name, r in after.receptacles.items())
+    return False
+
+
+def _lamp_may_be_near(state: HouseState, goal: HouseGoal) -> bool:
+    """Whether a lamp that is on elsewhere may share the agent's place."""
+    places = [(place, i) for place, r in state.receptacles.items() for i in r.contents or ()]
+    places += [(place, i) for place, text in state.near.items() for i in text.split(", ")]
+    lit = {place for place, item in places if item.endswith(" on") and type_of(item) == goal.lamp}
+    return any(together(state, state.at, place) is None for place in lit)

@@ -13,11 +13,26 @@ from functools import lru_cache
 from ..core.data_structures import Task
 
 # %% auto #0
-__all__ = ['PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Receptacle', 'name_of', 'type_of', 'entity_order', 'parse_receptacle',
-           'items', 'in_order', 'HouseState', 'parse_state', 'with_property', 'known_items', 'read_observation',
-           'HouseholdMapper', 'receptacle_changes', 'apply_change', 'possible_actions', 'focus', 'excerpt']
+__all__ = ['VARIANTS', 'PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Variant', 'Receptacle', 'name_of', 'type_of',
+           'entity_order', 'parse_receptacle', 'items', 'in_order', 'HouseState', 'parse_state', 'place_of', 'together',
+           'note_near', 'with_property', 'known_items', 'touch', 'show', 'mark', 'transfer', 'read_observation',
+           'HouseholdMapper', 'first_state', 'next_state', 'failed_state', 'receptacle_changes', 'state_delta',
+           'apply_delta', 'apply_change', 'state_facts', 'possible_actions', 'focus', 'excerpt']
 
 # %% ../../nbs/environments/11b_household_state.ipynb #60093780
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a kind of game leaves open; the defaults are those of small generated games."""
+
+    shared_places: bool = False  # receptacles may share a place, which only acting there tells
+    cool_start: bool = False  # things may be cool at the start
+    irregular: bool = False  # doors and first contents do not go by type; a thing may be in two receptacles
+    style: str = "move"  # 'move X to Y', or 'put X in/on Y' as before ALFWorld 0.4
+
+
+VARIANTS = {"small": Variant(), "full": Variant(True, True), "official": Variant(True, True, True)}
+
+# %% ../../nbs/environments/11b_household_state.ipynb #1de4a79a
 PROPERTIES = ("clean", "hot", "cool", "sliced", "on")
 NOTHING_HAPPENS = "Nothing happens."
 _ITEM = re.compile(r"([a-z]+ \d+)((?: (?:clean|hot|cool|sliced|on)\b)*)")
@@ -31,10 +46,15 @@ class Receptacle:
     status: str = ""  # 'open', 'closed', or '' for an open surface
     contents: tuple[str, ...] | None = None  # items such as 'mug 1 clean', in canonical order; None: not known
 
+    @property
+    def seen(self) -> bool:
+        """Whether all of the contents are known."""
+        return self.visited and self.contents is not None
+
     def text(self) -> str:
         """The line's right-hand side."""
         if not self.visited:
-            return "?"
+            return ", ".join(["?", *(self.contents or ())])
         if self.contents is None:
             return f"{self.status} ?"
         items = ", ".join(self.contents) or "nothing"
@@ -55,7 +75,6 @@ def type_of(
     return item.split(" ", 1)[0]
 
 
-
 @lru_cache(maxsize=65536)
 def entity_order(
     item: str,  # 'mug 10 clean'
@@ -65,13 +84,14 @@ def entity_order(
     return kind, int(number)
 
 # %% ../../nbs/environments/11b_household_state.ipynb #f087d114
+@lru_cache(maxsize=65536)
 def parse_receptacle(
     text: str,  # right-hand side of a line, punctuation optional
 ) -> Receptacle:
     """Inverse of `Receptacle.text`."""
     words = text.replace(",", " ").split()
-    if words == ["?"]:
-        return Receptacle()
+    if words[:1] == ["?"]:
+        return Receptacle(contents=items(text) or None)
     status = words[0] if words and words[0] in ("open", "closed") else ""
     if words[-1:] == ["?"]:
         return Receptacle(True, status)
@@ -100,17 +120,21 @@ class HouseState:
     at: str  # a receptacle's name, or 'nowhere'
     hold: str  # an item, or 'nothing'
     receptacles: dict[str, Receptacle]
-    near: dict[str, str]
+    near: dict[str, str]  # place -> 'shelf 2, ?'; '?': perhaps more
     last: str  # 'ok', or 'fail ' and the action
 
     def text(self) -> str:
         """The abstract state as text."""
         lines = [f"task: {self.task}", f"at: {self.at}", f"hold: {self.hold}"]
-        places = sorted(self.receptacles, key=entity_order)
-        lines += [f"{name}: {self.receptacles[name].text()}" for name in places if self.receptacles[name].visited]
-        unseen = [name for name in places if not self.receptacles[name].visited]
+        unseen = []
+        for name in sorted(self.receptacles, key=entity_order):
+            r = self.receptacles[name]
+            if r.visited or r.contents:
+                lines.append(f"{name}: {r.text()}")
+            else:
+                unseen.append(name)
         lines += [f"unseen: {', '.join(unseen)}"] if unseen else []
-        lines += [f"near {place}: {what}" for place, what in self.near.items()]
+        lines += [f"near {place}: {self.near[place]}" for place in sorted(self.near, key=entity_order)]
         return "\n".join([*lines, f"last: {self.last}"])
 
     @property
@@ -118,7 +142,7 @@ class HouseState:
         """The receptacle that the agent stands at (an unvisited one in the middle of the room)."""
         return self.receptacles.get(self.at, Receptacle())
 
-
+# %% ../../nbs/environments/11b_household_state.ipynb #54e74f21
 def parse_state(
     state: str,  # as written by `HouseState.text`
 ) -> HouseState:
@@ -143,6 +167,58 @@ def parse_state(
         raise ValueError(f"household state: line {sorted(missing)[0]!r} is missing")
     return HouseState(head["task"], head["at"], head["hold"], receptacles, near, head["last"])
 
+# %% ../../nbs/environments/11b_household_state.ipynb #8a38e9aa
+def place_of(
+    state: HouseState,
+    receptacle: str,
+) -> tuple[set[str], bool]:  # receptacles known to be there, and whether these are all
+    """The receptacles at the place of one of them, as far as the agent knows."""
+    group, whole, lines = {receptacle}, False, dict(state.near)
+    while linked := [place for place in lines if place in group or group & set(lines[place].split(", "))]:
+        for place in linked:
+            names = lines.pop(place).split(", ")
+            group |= {name for name in (place, *names) if name in state.receptacles}
+            whole |= "?" not in names
+    return group, whole
+
+
+def together(
+    state: HouseState,
+    first: str,
+    second: str,
+) -> bool | None:  # None: not known
+    """Whether two receptacles share a place."""
+    (group, whole), (_, other) = place_of(state, first), place_of(state, second)
+    return True if second in group else False if whole or other else None
+
+# %% ../../nbs/environments/11b_household_state.ipynb #f37af1bc
+def note_near(
+    state: HouseState,  # changed in place
+    *things: str,  # receptacles at the agent's place, or items with a property
+    whole: bool = False,  # these are all receptacles there
+) -> None:
+    """Writes down what is within reach of the agent, besides the receptacle that it stands at."""
+    old = state.near.get(state.at, "?").split(", ")
+    known = {name_of(thing): thing for thing in (*old, *things) if thing not in ("?", "nothing", state.at)}
+    _write_near(state, state.at, in_order(known.values()), whole or "?" not in old)
+
+
+def _write_near(state: HouseState, place: str, things: tuple[str, ...], whole: bool) -> None:
+    parts = [*things] if whole else [*things, "?"]
+    if parts == ["?"]:
+        state.near.pop(place, None)
+    else:
+        state.near[place] = ", ".join(parts) or "nothing"
+
+
+def _found(state: HouseState, names: set[str]) -> None:
+    """Things that are seen now need no mention among what is near."""
+    for place, text in list(state.near.items()):
+        things = text.split(", ")
+        if any(name_of(thing) in names for thing in things):
+            rest = [t for t in things if t != "?" and name_of(t) not in names]
+            _write_near(state, place, in_order(rest), "?" not in things)
+
 # %% ../../nbs/environments/11b_household_state.ipynb #724af766
 _INTRO = re.compile(r"Looking quickly around you, you see (.*?)\.\s+Your task is to: (.*)", re.S)
 _SEEN = re.compile(r"(?:The ([a-z]+ \d+) is (closed|open)\.)?(?: ?(?:On|In) (?:the ([a-z]+ \d+)|it), you see (.*)\.)?$")
@@ -150,8 +226,8 @@ _ARRIVE = re.compile(r"You arrive at ([a-z]+ \d+)\. (.*)$", re.S)
 _OPENED = re.compile(r"You open the ([a-z]+ \d+)\. (.*)$", re.S)
 _CLOSED = re.compile(r"You close the ([a-z]+ \d+)\.")
 _TAKEN = re.compile(r"You pick up the ([a-z]+ \d+) from the ([a-z]+ \d+)\.")
-_MOVED = re.compile(r"You (?:move|put) the ([a-z]+ \d+) (?:to|in|on|in/on) the ([a-z]+ \d+)\.")
-_CHANGED = re.compile(r"You (heat|cool|clean) the ([a-z]+ \d+) using the ")
+_MOVED = re.compile(r"You (?:move|put) the ([a-z]+ \d+) (?:to|in/on|in|on) the ([a-z]+ \d+)\.")
+_CHANGED = re.compile(r"You (heat|cool|clean) the ([a-z]+ \d+) using the ([a-z]+ \d+)\.")
 _SLICED = re.compile(r"You sliced the ([a-z]+ \d+) with the ")
 _TURNED = re.compile(r"You turn (on|off) the ([a-z]+ \d+)\.")
 _LOOKED = re.compile(r"You are facing the (.*?)\. Next to it, you see (.*)\.$", re.S)
@@ -174,13 +250,27 @@ def known_items(
     state: HouseState,
 ) -> dict[str, str]:  # name -> item with its properties
     """Every item that the agent holds or has seen, with what is known of it."""
-    known = {name_of(item): item for r in state.receptacles.values() for item in r.contents or ()}
+    known = {name_of(t): t for text in state.near.values() for t in text.split(", ") if t.count(" ") > 1}
+    known |= {name_of(item): item for r in state.receptacles.values() for item in r.contents or ()}
     if state.hold != "nothing":
         known[name_of(state.hold)] = state.hold
     return known
 
 
-def _show(state: HouseState, place: str, shown: str) -> None:
+def touch(
+    state: HouseState,  # changed in place
+    place: str,  # receptacle on which an action worked
+) -> None:
+    """An action works only within reach: a receptacle that the agent does not stand at must share its place."""
+    if place != state.at:
+        note_near(state, place)
+
+
+def show(
+    state: HouseState,  # changed in place
+    place: str,
+    shown: str,  # such as 'The drawer 1 is open. In it, you see a mug 1.'
+) -> None:
     """Writes what a place shows into the state."""
     match = _SEEN.match(shown)
     if not match or place not in state.receptacles:
@@ -189,150 +279,177 @@ def _show(state: HouseState, place: str, shown: str) -> None:
     if seen is None:  # closed: what was known of the inside stays known
         state.receptacles[place] = Receptacle(True, status, old.contents)
         return
-    known = known_items(state)
-    found = in_order([known.get(name, name) for name in _NAME.findall(seen)])
-    gone = set(map(name_of, found))
-    for name, other in state.receptacles.items():  # an item seen here is no longer where it was
-        if name != place and other.contents and any(name_of(i) in gone for i in other.contents):
-            rest = tuple(i for i in other.contents if name_of(i) not in gone)
-            state.receptacles[name] = Receptacle(True, other.status, rest)
-    state.receptacles[place] = Receptacle(True, status, found)
+    known, names = known_items(state), _NAME.findall(seen)
+    state.receptacles[place] = Receptacle(True, status, in_order([known.get(name, name) for name in names]))
+    _found(state, set(names))
 
 # %% ../../nbs/environments/11b_household_state.ipynb #825e5b7c
-def _mark(state: HouseState, name: str, prop: str) -> None:
+def mark(
+    state: HouseState,  # changed in place
+    name: str,  # 'mug 1'
+    prop: str,  # 'hot'
+) -> None:
     """Adds a property to an item wherever it is known to be."""
-    if name_of(state.hold) == name:
+    found = name_of(state.hold) == name
+    if found:
         state.hold = with_property(state.hold, prop)
     for place, r in state.receptacles.items():
         if r.contents and any(name_of(i) == name for i in r.contents):
+            found = True
             changed = tuple(with_property(i, prop) if name_of(i) == name else i for i in r.contents)
-            state.receptacles[place] = Receptacle(True, r.status, changed)
+            state.receptacles[place] = Receptacle(r.visited, r.status, changed)
+    if not found and state.at in state.receptacles:  # out of sight, but within reach
+        note_near(state, with_property(known_items(state).get(name, name), prop))
 
 
-def _transfer(state: HouseState, item: str, place: str, into: bool) -> None:
+def transfer(
+    state: HouseState,  # changed in place
+    name: str,  # 'mug 1'
+    place: str,
+    into: bool,  # True: from the hands into the receptacle
+) -> None:
     """Moves an item between the hands and a receptacle."""
     r = state.receptacles.get(place, Receptacle())
-    known = known_items(state).get(item, item)
-    rest = tuple(i for i in r.contents or () if name_of(i) != item)
-    state.receptacles[place] = Receptacle(True, r.status, in_order((*rest, known)) if into else rest)
-    state.hold = "nothing" if into else known
+    item = known_items(state).get(name, name)
+    rest = tuple(i for i in r.contents or () if name_of(i) != name)
+    contents = in_order((*rest, item)) if into else rest if r.seen else rest or None
+    state.receptacles[place] = Receptacle(r.visited, r.status, contents)
+    state.hold = "nothing" if into else item
+    _found(state, {name})
+    touch(state, place)
 
 # %% ../../nbs/environments/11b_household_state.ipynb #45e5e629
 def read_observation(
     state: HouseState,  # changed in place
     observation: str,  # one answer of the engine to a command that worked
+    shared_places: bool = False,  # write down what `look` says about sharing, also if it says that nothing does
 ) -> None:
     """Adds what an observation tells to the state."""
     if m := _ARRIVE.match(observation):
         state.at = m.group(1)
-        _show(state, m.group(1), m.group(2))
+        show(state, m.group(1), m.group(2))
     elif m := _OPENED.match(observation):
-        _show(state, m.group(1), m.group(2))
+        show(state, m.group(1), m.group(2))
+        touch(state, m.group(1))
     elif m := _CLOSED.match(observation):
         state.receptacles[m.group(1)] = Receptacle(True, "closed", state.receptacles[m.group(1)].contents)
+        touch(state, m.group(1))
     elif m := _TAKEN.match(observation):
-        _transfer(state, m.group(1), m.group(2), into=False)
+        transfer(state, m.group(1), m.group(2), into=False)
     elif m := _MOVED.match(observation):
-        _transfer(state, m.group(1), m.group(2), into=True)
+        transfer(state, m.group(1), m.group(2), into=True)
     else:
-        _read_rest(state, observation)
+        _read_rest(state, observation, shared_places)
 
-
-def _read_rest(state: HouseState, observation: str) -> None:
+# %% ../../nbs/environments/11b_household_state.ipynb #60f3cd0d
+def _read_rest(state: HouseState, observation: str, shared_places: bool) -> None:
     """Sentences about properties and surroundings."""
     if m := _CHANGED.match(observation):
-        _mark(state, m.group(2), {"heat": "hot", "cool": "cool", "clean": "clean"}[m.group(1)])
+        mark(state, m.group(2), {"heat": "hot", "cool": "cool", "clean": "clean"}[m.group(1)])
+        touch(state, m.group(3))
     elif m := _SLICED.match(observation):
-        _mark(state, m.group(1), "sliced")
+        mark(state, m.group(1), "sliced")
     elif m := _TURNED.match(observation):
-        _mark(state, m.group(2), "on")
+        mark(state, m.group(2), "on")
     elif m := _LOOKED.match(observation):
-        others = [name for name in _NAME.findall(m.group(1)) if name != state.at] + _NAME.findall(m.group(2))
-        if others and state.at in state.receptacles:
-            state.near[state.at] = ", ".join(others)
+        others = [name for name in _NAME.findall(m.group(1)) if name != state.at]
+        if state.at in state.receptacles and (others or shared_places):
+            note_near(state, *others, whole=True)
     elif m := _IS.match(observation):
         words = (m.group(1) or m.group(4)).replace("cold", "cool").split()
         for prop in [w for w in words if w in PROPERTIES]:
-            _mark(state, m.group(2) or m.group(3), prop)
+            mark(state, m.group(2) or m.group(3), prop)
     elif observation.startswith(("On the", "The ")) and state.at in state.receptacles:
-        _show(state, state.at, observation)
+        if (seen := _SEEN.match(observation)) and (place := seen.group(1) or seen.group(3)) in state.receptacles:
+            show(state, place, observation)
+            touch(state, place)
 
 # %% ../../nbs/environments/11b_household_state.ipynb #44fae617
 class HouseholdMapper:
     """Abstract states of household games; a `StateMapper`."""
 
-    def start(
-        self,
-        task: Task,  # its instruction is used when the observation names none
-        observation: str,  # the engine's introduction
-    ) -> str:  # the first state
+    def __init__(self, variant: Variant = Variant()):
+        self.variant = variant
+
+    def start(self, task: Task, observation: str) -> str:
         """The state before the first action. Raises ValueError if the introduction lists no receptacles."""
-        match = _INTRO.search(observation)
-        if not match:
-            raise ValueError(f"household introduction: expected 'Looking quickly around you, …', got {observation[:80]!r}")
-        places = {name: Receptacle() for name in _NAME.findall(match.group(1))}
-        return HouseState(match.group(2).strip(), "nowhere", "nothing", places, {}, "ok").text()
+        return first_state(observation)
 
     def update(self, state: str, action: str, observation: str) -> str:
         """The state after an action and the engine's answer."""
-        if observation == NOTHING_HAPPENS:
-            return self.fail(state, action)
-        parsed = parse_state(state)
-        parsed.last = "ok"
-        read_observation(parsed, observation)
-        return parsed.text()
+        return next_state(state, action, observation, self.variant)
 
     def fail(self, state: str, action: str) -> str:
         """The state after an action that had no effect."""
-        head, _, _ = state.rpartition("\n")
-        return f"{head}\nlast: fail {' '.join(action.split()[:8])}"
+        return failed_state(state, action, self.variant)
 
     def diff(self, state: str, next_state: str) -> str:
         """Changed lines only; `merge(state, diff(state, next_state)) == next_state`."""
-        if next_state.rpartition("\n")[2].startswith("last: fail"):
-            return next_state.rpartition("\n")[2][6:]
-        old, new = parse_state(state), parse_state(next_state)
-        lines = [f"{key}: {getattr(new, key)}" for key in ("at", "hold") if getattr(old, key) != getattr(new, key)]
-        for name, after in new.receptacles.items():
-            before = old.receptacles.get(name, Receptacle())
-            if before != after:
-                lines += [f"{name}: {change}" for change in receptacle_changes(before, after)]
-        lines += [f"near {place}: {what}" for place, what in new.near.items() if old.near.get(place) != what]
-        return "\n".join(lines) or "no change"
+        return state_delta(state, next_state)
 
     def merge(self, state: str, delta: str) -> str:
         """Applies a delta. Raises ValueError naming a line that makes no sense in this state."""
-        if delta.startswith("fail"):
-            return self.fail(state, delta[5:])
-        parsed = parse_state(state)
-        parsed.last = "ok"
-        for line in delta.split("\n") if delta != "no change" else ():
-            apply_change(parsed, line)
-        return parsed.text()
+        return apply_delta(state, delta, self.variant)
 
     def facts(self, state: str) -> frozenset[str]:
         """Everything that the state says, one fact a string."""
-        parsed = parse_state(state)
-        facts = {f"at {parsed.at}", f"last {parsed.last}"}
-        facts |= {f"near {place} {what}" for place, what in parsed.near.items()}
-        places = [("hold", Receptacle(True, "", () if parsed.hold == "nothing" else (parsed.hold,)))]
-        for place, r in [*places, *parsed.receptacles.items()]:
-            facts.add(f"{place} {r.status if r.visited else '?'}{' ?' if r.contents is None else ''}")
-            for item in r.contents or ():
-                facts |= {f"{name_of(item)} in {place}"} | {f"{name_of(item)} {p}" for p in item.split(" ")[2:]}
-        return frozenset(facts)
+        return state_facts(state)
 
     def admissible_actions(self, state: str) -> list[str]:
         """Actions that what is known does not rule out, sorted."""
-        return possible_actions(parse_state(state))
+        return possible_actions(parse_state(state), self.variant.style)
 
     def focus(self, state: str, action: str) -> str:
         """The part of a state that an action touches; the replay buffer compares states by it."""
         return focus(state, action)
 
     def excerpt(self, next_state: str, action: str) -> str:
-        """What an action led to, in short, for demonstrations."""
         return excerpt(next_state, action)
+
+# %% ../../nbs/environments/11b_household_state.ipynb #44d7c0c0
+def first_state(
+    observation: str,  # the engine's introduction
+) -> str:
+    """The state before the first action. Raises ValueError if the introduction lists no receptacles."""
+    match = _INTRO.search(observation)
+    if not match:
+        shown = observation[:80]
+        raise ValueError(f"household introduction: expected 'Looking quickly around you, …', got {shown!r}")
+    places = {name: Receptacle() for name in _NAME.findall(match.group(1))}
+    return HouseState(match.group(2).strip(), "nowhere", "nothing", places, {}, "ok").text()
+
+
+def next_state(
+    state: str,
+    action: str,
+    observation: str,  # the engine's answer
+    variant: Variant = Variant(),
+) -> str:
+    """The state after an action and its observation."""
+    if observation == NOTHING_HAPPENS:
+        return failed_state(state, action, variant)
+    parsed = parse_state(state)
+    parsed.last = "ok"
+    read_observation(parsed, observation, variant.shared_places)
+    return parsed.text()
+
+# %% ../../nbs/environments/11b_household_state.ipynb #8896464a
+def failed_state(
+    state: str,
+    action: str,
+    variant: Variant = Variant(),
+) -> str:
+    """The state after an action that had no effect."""
+    last = f"fail {' '.join(action.split()[:8])}"
+    target = action.strip().removeprefix("go to ")
+    if variant.shared_places and action.strip() != target:
+        parsed = parse_state(state)
+        if target in parsed.receptacles and parsed.at in parsed.receptacles and target != parsed.at:
+            note_near(parsed, target)
+            parsed.last = last
+            return parsed.text()
+    head, _, _ = state.rpartition("\n")
+    return f"{head}\nlast: {last}"
 
 # %% ../../nbs/environments/11b_household_state.ipynb #cc187d98
 def receptacle_changes(
@@ -350,33 +467,73 @@ def receptacle_changes(
             return [f"-{i}" for i in gone] + [f"+{i}" for i in come]
     return [after.text()]
 
+
+def state_delta(
+    state: str,
+    next_state: str,
+) -> str:  # changed lines; 'no change'; or 'fail ' and the action
+    """What `apply_delta` needs to make one state of the other."""
+    last = next_state.rpartition("\n")[2]
+    if last.startswith("last: fail"):
+        return last[6:]
+    old, new = parse_state(state), parse_state(next_state)
+    lines = [f"{key}: {getattr(new, key)}" for key in ("at", "hold") if getattr(old, key) != getattr(new, key)]
+    for name, after in new.receptacles.items():
+        before = old.receptacles.get(name, Receptacle())
+        if before != after:
+            lines += [f"{name}: {change}" for change in receptacle_changes(before, after)]
+    changed = [p for p in {**old.near, **new.near} if old.near.get(p) != new.near.get(p)]
+    lines += [f"near {place}: {new.near.get(place, '?')}" for place in changed]
+    return "\n".join(lines) or "no change"
+
 # %% ../../nbs/environments/11b_household_state.ipynb #89f8bb29
+def apply_delta(
+    state: str,
+    delta: str,  # as written by `state_delta`, or by a model
+    variant: Variant = Variant(),
+) -> str:
+    """Applies a delta to a state. Raises ValueError naming a line that makes no sense in this state."""
+    if delta.startswith("fail"):
+        return failed_state(state, delta[5:], variant)
+    parsed = parse_state(state)
+    parsed.last = "ok"
+    for line in delta.split("\n") if delta != "no change" else ():
+        apply_change(parsed, line)
+    return parsed.text()
+
+
+_CHANGE = re.compile(r"(at|hold|(?:near )?[a-z]+ \d+):? (.+)$")
+
+
 def apply_change(
     state: HouseState,  # changed in place
     line: str,  # 'at: drawer 1', 'drawer 1: -mug 1', 'drawer 1: open', 'drawer 1: closed, cup 1'; ':' optional
 ) -> None:
     """Applies one line of a delta. Raises ValueError for a line that names no key of the state."""
-    match = re.match(r"(at|hold|(?:near )?[a-z]+ \d+):? (.+)$", line)
+    match = _CHANGE.match(line)
     if not match:
         raise ValueError(f"household delta: expected 'key: value', got {line!r}")
     key, value = match.groups()
     if key in ("at", "hold"):
         setattr(state, key, value)
     elif key.startswith("near "):
-        state.near[key[5:]] = value
+        _write_near(state, key[5:], *_near_things(value))
     elif key not in state.receptacles:
         raise ValueError(f"household delta: no receptacle {key!r} in this state")
     else:
-        old = state.receptacles[key]
-        if value[0] in "+-":
-            state.receptacles[key] = _changed_contents(old, value)
-        elif value in ("open", "closed"):
-            state.receptacles[key] = Receptacle(True, value, old.contents)
-        else:
-            state.receptacles[key] = parse_receptacle(value)
+        state.receptacles[key] = _changed(state.receptacles[key], value)
+
+# %% ../../nbs/environments/11b_household_state.ipynb #b01f7b13
+def _near_things(value: str) -> tuple[tuple[str, ...], bool]:
+    return items(value), not value.endswith("?")
 
 
-def _changed_contents(old: Receptacle, value: str) -> Receptacle:
+def _changed(old: Receptacle, value: str) -> Receptacle:
+    """A receptacle after one change of its line."""
+    if value in ("open", "closed"):
+        return Receptacle(True, value, old.contents)
+    if value[0] not in "+-":
+        return parse_receptacle(value)
     item, contents = value[1:].strip(), old.contents or ()
     if value[0] == "+":
         return Receptacle(True, old.status, in_order((*contents, item)))
@@ -384,33 +541,57 @@ def _changed_contents(old: Receptacle, value: str) -> Receptacle:
         raise ValueError(f"household delta: {item!r} is not there to be removed")
     return Receptacle(True, old.status, tuple(i for i in contents if i != item))
 
-# %% ../../nbs/environments/11b_household_state.ipynb #5d0ba4e3
+# %% ../../nbs/environments/11b_household_state.ipynb #34708b3d
+def state_facts(
+    state: str,
+) -> frozenset[str]:  # such as 'mug 1 in drawer 1', 'mug 1 clean', 'drawer 1 closed'
+    """Everything that the state says, one fact a string."""
+    parsed = parse_state(state)
+    facts = {f"at {parsed.at}", f"last {parsed.last}"}
+    facts |= {f"near {place} {what}" for place, what in parsed.near.items()}
+    places = [("hold", Receptacle(True, "", () if parsed.hold == "nothing" else (parsed.hold,)))]
+    for place, r in [*places, *parsed.receptacles.items()]:
+        facts.add(f"{place} {r.status if r.visited else '?'}{' ?' if r.contents is None else ''}")
+        for item in r.contents or ():
+            facts |= {f"{name_of(item)} in {place}"} | {f"{name_of(item)} {p}" for p in item.split(" ")[2:]}
+    return frozenset(facts)
+
+# %% ../../nbs/environments/11b_household_state.ipynb #1b7ce262
 def possible_actions(
     state: HouseState,
+    style: str = "move",  # 'move X to Y' or 'put X in/on Y'
 ) -> list[str]:  # sorted
     """Commands that what is known does not rule out."""
-    at, here = state.at, state.here
-    actions = ["look", "inventory", "help"] + [f"go to {name}" for name in state.receptacles if name != at]
-    if at in state.receptacles:
-        actions.append(f"examine {at}")
-        if here.status:
-            actions.append(f"close {at}" if here.status == "open" else f"open {at}")
-        actions += _item_actions(state)
+    here = place_of(state, state.at)[0] if state.near else {state.at}
+    actions = ["look", "inventory", "help"] + [f"go to {name}" for name in state.receptacles if name not in here]
+    if state.at not in state.receptacles:
+        return sorted(actions)
+    if state.hold != "nothing":
+        actions.append(f"examine {name_of(state.hold)}")
+    for place in here:
+        actions += [f"examine {place}", *_item_actions(state, place, style)]
+        r = state.receptacles[place]
+        if r.status:
+            actions.append(f"close {place}" if r.status == "open" else f"open {place}")
+        elif place != state.at and not r.visited:
+            actions.append(f"open {place}")
+    if state.near:
+        lit = [item for place in here for item in state.near.get(place, "").split(", ") if item.endswith(" on")]
+        actions = list({*actions, *(f"use {name_of(item)}" for item in lit)})
     return sorted(actions)
 
 
-def _item_actions(state: HouseState) -> list[str]:
-    """Commands that touch the items in reach."""
-    at, here, held = state.at, state.here, name_of(state.hold)
-    reach = [name_of(i) for i in here.contents or ()] if here.status != "closed" else []
-    actions = [f"use {item}" for item in reach]
+def _item_actions(state: HouseState, place: str, style: str) -> list[str]:
+    """Commands that touch items in one receptacle, or the item in the hands."""
+    r, held = state.receptacles[place], name_of(state.hold)
+    names = [name_of(i) for i in r.contents or ()] if r.status != "closed" else []
+    actions = [f"use {name}" for name in names]
     if state.hold == "nothing":
-        return actions + [f"take {item} from {at}" for item in reach] + [f"examine {item}" for item in reach]
-    actions.append(f"examine {held}")
-    if here.status != "closed":
-        actions.append(f"move {held} to {at}")
-    verb = APPLIANCES.get(type_of(at))
-    return [*actions, f"{verb} {held} with {at}"] if verb else actions
+        return actions + [f"take {name} from {place}" for name in names] + [f"examine {name}" for name in names]
+    if r.status != "closed":
+        actions.append(f"put {held} in/on {place}" if style == "put" else f"move {held} to {place}")
+    verb = APPLIANCES.get(type_of(place))
+    return [*actions, f"{verb} {held} with {place}"] if verb else actions
 
 
 APPLIANCES = {"microwave": "heat", "fridge": "cool", "sinkbasin": "clean", "sink": "clean"}  # what each one does
@@ -421,10 +602,14 @@ def focus(
     action: str,
 ) -> str:  # a few lines of the state
     """The lines of a state that decide what an action does."""
-    names = set(_NAME.findall(action))
-    lines = state.split("\n")
-    keep = [line for line in lines[3:-1] if line.partition(":")[0] in names]
-    keep += [f"{name}: ?" for name in lines[-2][8:].split(", ") if lines[-2].startswith("unseen") and name in names]
+    names, lines = set(_NAME.findall(action)), state.split("\n")
+    beside, keep = f"near {lines[1][4:]}", []
+    for line in lines[3:-1]:
+        key, _, value = line.partition(": ")
+        if key in names or key == beside:
+            keep.append(line)
+        elif key == "unseen":
+            keep += [f"{name}: ?" for name in value.split(", ") if name in names]
     if not action.startswith(("go to", "open", "close")):
         keep.insert(0, lines[2])
     return "\n".join(keep)

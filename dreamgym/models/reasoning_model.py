@@ -81,6 +81,8 @@ def parse_target(
         raise PredictionError("no change is written")
     if change == "fail" and reward:
         raise PredictionError("a failed action cannot earn a reward")
+    if change.startswith(("fail ", "fail\n")):
+        raise PredictionError("'fail' stands alone: the action is known and nothing else changes")
     try:
         next_state = mapper.merge(state, f"fail {action}" if change == "fail" else change)
     except (ValueError, IndexError, KeyError) as error:

@@ -15,14 +15,14 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ..core.data_structures import StepResult, Task
 from ..core.errors import ConfigError, DataError, EnvironmentFailure, MissingExtra, unknown_name
-from .base_env import Environment, StateMapper
+from .base_env import Environment, StateMapper, TranscriptMapper
 from .household import Game, HouseholdEngine, decode_game, expert_action
 from .household_games import MAX_TURNS, export_game, game_of, household_tasks, task_of
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 __all__ = ['logger', 'MEMBER_LIMIT', 'TEST_PLANS', 'VALIDATION_PLANS', 'HELD_OUT', 'SPLITS', 'GameFiles', 'game_id_of',
            'folder_games', 'archive_games', 'find_games', 'floor_plan', 'split_ids', 'TaskList', 'official_tasks',
            'generated_tasks', 'Engine', 'OfficialEngine', 'Slot', 'HouseholdEnv', 'start_episode', 'play_turn', 'build',
-           'engine_maker', 'data_info', 'explorer', 'by_task_type']
+           'state_tools', 'engine_maker', 'data_info', 'explorer', 'by_task_type']
 
 # %% ../../nbs/environments/12_alfworld.ipynb #9a379932
 @dataclass(frozen=True)
@@ -372,8 +372,14 @@ def start_episode(
     except Exception as error:  # one broken game must not end the others
         logger.warning("task %s cannot be played: %s", task.id, error)
         return None, StepResult("", aborted=f"reset failed: {error}")
-    actions = mapper.admissible_actions(state) if mapper else engine.admissible_commands()
+    actions = _offered(engine, mapper, state)
     return Slot(engine, state), StepResult(state, observation, admissible_actions=actions)
+
+
+def _offered(engine: Engine, mapper: StateMapper | None, state: str) -> list[str]:
+    """Actions that an abstract state does not rule out; the engine's own list where the state is raw text."""
+    actions = mapper.admissible_actions(state) if mapper else None
+    return engine.admissible_commands() if actions is None else actions
 
 # %% ../../nbs/environments/12_alfworld.ipynb #07ae3984
 def play_turn(
@@ -395,7 +401,7 @@ def play_turn(
     slot.turn += 1
     truncated = slot.turn >= max_turns and not won
     slot.done = won or truncated
-    actions = mapper.admissible_actions(slot.state) if mapper else slot.engine.admissible_commands()
+    actions = _offered(slot.engine, mapper, slot.state)
     info = {"action_error": "the action had no effect" if observation == "Nothing happens." else None}
     success = won if slot.done else None
     return StepResult(slot.state, observation, reward, won, truncated, success, None, actions, info)
@@ -410,7 +416,8 @@ def build(
 
         config = EnvironmentConfig()
     games = find_games(config.data_dir)
-    mapper = _mapper() if config.mapper else None
+    info = data_info(games, config)
+    mapper, annotate, verify = state_tools(config, "official" if games else config.size, info["command_style"])
     max_turns = config.max_episode_steps or (MAX_TURNS["full"] if games else MAX_TURNS[config.size])
     engine_of = engine_maker(games, config.engine)
 
@@ -426,14 +433,25 @@ def build(
         tasks=lru_cache(maxsize=None)(tasks),
         make=lambda slots: HouseholdEnv(slots, engine_of, max_turns, mapper),
         expert=explorer,
-        info=data_info(games, config) | {"max_turns": max_turns},
+        annotate=annotate,
+        verify=verify,
+        info=info | {"max_turns": max_turns},
     )
 
 # %% ../../nbs/environments/12_alfworld.ipynb #1123250d
-def _mapper() -> StateMapper:
-    from dreamgym.environments.household_state import HouseholdMapper
+def state_tools(
+    config: Any,  # EnvironmentConfig
+    variant: str,  # 'small', 'full' or 'official'
+    style: str = "move",  # command style of the games
+) -> tuple[StateMapper, Callable[..., str] | None, Callable[..., list[str]] | None]:
+    """Mapper, annotator and verifier of a kind of games; raw observations have no annotator and no verifier."""
+    if not config.mapper:
+        return TranscriptMapper(), None, None
+    from dreamgym.environments.household_rules import reasoning_trace, violations
+    from dreamgym.environments.household_state import VARIANTS, HouseholdMapper
 
-    return HouseholdMapper()
+    kind = replace(VARIANTS[variant], style=style)
+    return HouseholdMapper(kind), partial(reasoning_trace, variant=kind), partial(violations, variant=kind)
 
 # %% ../../nbs/environments/12_alfworld.ipynb #08cd0740
 def engine_maker(

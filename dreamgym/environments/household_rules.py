@@ -424,7 +424,8 @@ def goal_trace(
     elif goal.place and verb == "move":
         contents = after.receptacles.get(names[1], Receptacle()).contents or ()
         moved = next((i for i in contents if name_of(i) == names[0]), names[0])
-        more = [f"{sum(_fits_goal(i, goal) for i in contents)} there"] if goal.count > 1 else []
+        others = [name_of(i) for i in contents if _fits_goal(i, goal) and name_of(i) != names[0]]
+        more = [f"with {' and '.join(others)}" if others else "alone"] if goal.count > 1 else []
         facts = [f"{moved} in {type_of(names[1])}", *more]
     else:
         return []

@@ -397,7 +397,7 @@ class HouseholdMapper:
 
     def admissible_actions(self, state: str) -> list[str]:
         """Actions that what is known does not rule out, sorted."""
-        return possible_actions(parse_state(state), self.variant.style)
+        return possible_actions(parse_state(state), self.variant)
 
     def focus(self, state: str, action: str) -> str:
         """The part of a state that an action touches; the replay buffer compares states by it."""
@@ -559,7 +559,7 @@ def state_facts(
 # %% ../../nbs/environments/11b_household_state.ipynb #1b7ce262
 def possible_actions(
     state: HouseState,
-    style: str = "move",  # 'move X to Y' or 'put X in/on Y'
+    variant: Variant = Variant(),
 ) -> list[str]:  # sorted
     """Commands that what is known does not rule out."""
     here = place_of(state, state.at)[0] if state.near else {state.at}
@@ -569,7 +569,7 @@ def possible_actions(
     if state.hold != "nothing":
         actions.append(f"examine {name_of(state.hold)}")
     for place in here:
-        actions += [f"examine {place}", *_item_actions(state, place, style)]
+        actions += [f"examine {place}", *_item_actions(state, place, variant)]
         r = state.receptacles[place]
         if r.status:
             actions.append(f"close {place}" if r.status == "open" else f"open {place}")
@@ -581,7 +581,7 @@ def possible_actions(
     return sorted(actions)
 
 
-def _item_actions(state: HouseState, place: str, style: str) -> list[str]:
+def _item_actions(state: HouseState, place: str, variant: Variant) -> list[str]:
     """Commands that touch items in one receptacle, or the item in the hands."""
     r, held = state.receptacles[place], name_of(state.hold)
     names = [name_of(i) for i in r.contents or ()] if r.status != "closed" else []
@@ -589,8 +589,10 @@ def _item_actions(state: HouseState, place: str, style: str) -> list[str]:
     if state.hold == "nothing":
         return actions + [f"take {name} from {place}" for name in names] + [f"examine {name}" for name in names]
     if r.status != "closed":
-        actions.append(f"put {held} in/on {place}" if style == "put" else f"move {held} to {place}")
+        actions.append(f"put {held} in/on {place}" if variant.style == "put" else f"move {held} to {place}")
     verb = APPLIANCES.get(type_of(place))
+    if variant.irregular and type_of(place) == "bathtubbasin":
+        verb = "clean"  # a few of them are sink basins to the game
     return [*actions, f"{verb} {held} with {place}"] if verb else actions
 
 

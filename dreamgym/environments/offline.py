@@ -42,9 +42,11 @@ def record(
     slots: int = 64,
     on_episode: Callable[[int], None] | None = None,  # told the number of episodes that have ended
 ) -> list[list[Experience]]:  # one list of experiences for each episode that could be played
-    """Plays episodes in the real environment and keeps every transition. Raises EnvironmentFailure without an expert."""
+    """Plays episodes for real and keeps every transition. Raises EnvironmentFailure without an expert."""
     if env.expert is None and behaviour.noise < 1:
-        raise EnvironmentFailure(f"environment {env.name!r} has no expert; record 'random' behaviour or bring demonstrations")
+        raise EnvironmentFailure(
+            f"environment {env.name!r} has no expert; record 'random' behaviour or bring demonstrations"
+        )
     batch, recorder = env.make(slots), _Recorder(env, behaviour, seed)
     waiting, running, episodes = list(tasks)[::-1], {}, []
     while waiting or running:
@@ -58,10 +60,12 @@ def record(
         results = batch.step(order, [action for action, _ in acts]) if order else []
         for slot, (action, who), result in zip(order, acts, results, strict=True):
             task, before, rows = running[slot]
-            rows.append(recorder.row(task, before, action, who, result, len(rows)))
+            if result.aborted is None:  # an aborted step is no transition
+                rows.append(recorder.row(task, before, action, who, result, len(rows)))
             running[slot] = (task, result, rows)
             if result.done:
-                episodes.append([replace(row, success=bool(result.success)) for row in rows])
+                outcome = None if result.aborted else bool(result.success)
+                episodes += [[replace(row, success=outcome) for row in rows]] if rows else []
                 del running[slot]
         if on_episode:
             on_episode(len(episodes))
@@ -170,15 +174,18 @@ def load_experiences(
         raise DataError(f"offline data {str(path)!r}: expected a .jsonl file or a folder of them; record some first")
     rows, bad = [], []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # a state may hold other line breaks
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(from_row(Experience, json.loads(line)))
+                rows += [from_row(Experience, json.loads(line))] if line.strip() else []
             except (ValueError, TypeError, AttributeError) as error:
                 bad.append(f"{file.name}:{number}: {error}")
                 if strict:
                     raise DataError(f"offline data {bad[-1]}") from error
     if bad:
-        log.warning("%d of %d lines in %s could not be read; the first: %s", len(bad), len(bad) + len(rows), path, bad[0])
+        log.warning(
+            "%d of %d lines in %s could not be read; the first: %s", len(bad), len(bad) + len(rows), path, bad[0]
+        )
     if not rows:
         raise DataError(f"offline data {str(path)!r}: no line could be read" + (f"; {bad[0]}" if bad else ""))
     return rows, bad

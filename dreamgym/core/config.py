@@ -26,8 +26,8 @@ from .errors import ConfigError, unknown_name
 __all__ = ['SECTIONS', 'unknown_key', 'describe_problem', 'Section', 'ReasoningModelConfig', 'PolicyModelConfig', 'BufferConfig',
            'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig', 'Config', 'config_keys', 'elsewhere',
            'check_tree', 'NumberLoader', 'parse_value', 'read_tree', 'project_root', 'project_path', 'resolve_preset',
-           'preset_path', 'split_override', 'parse_overrides', 'load_config', 'save_config', 'config_hash',
-           'config_template']
+           'preset_path', 'split_override', 'parse_overrides', 'load_config', 'check_parameters', 'save_config',
+           'config_hash', 'config_template']
 
 # %% ../../nbs/core/02_config.ipynb #13a2f83b
 def unknown_key(
@@ -178,6 +178,8 @@ class TrainingConfig(Section):
     validation_episodes: int = Field(200, ge=0, description="real games of an evaluation in between (episodes) [ours]")
     validation_temperature: float = Field(1.0, ge=0, description="policy's temperature in these; 0 is greedy [ours]")
     gap_episodes: int = Field(128, ge=0, description="real games that measure the dream-real gap (episodes) [ours]")
+    fidelity_episodes: int = Field(100, gt=0, description="held-out games that test the experience model [ours]")
+    parallel_control: bool = Field(False, description="train the real control in a process of its own [ours]")
     gap_limit: float = Field(0.2, ge=0, description="warn above this dream success minus real success [ours]")
     save_every: int = Field(1, gt=0, description="iterations between checkpoints [ours]")
     keep_last: int = Field(3, gt=0, description="newest checkpoints kept [ours]")
@@ -396,6 +398,18 @@ def load_config(
         for section, values in tree.items():
             merged.setdefault(section, {}).update(values)
     return Config(**merged)
+
+# %% ../../nbs/core/02_config.ipynb #0e4bf839
+def check_parameters(
+    names: Mapping[str, Any],  # the notebook's globals()
+    known: Iterable[str],  # parameters of the notebook
+) -> None:
+    """Raises ConfigError for a plain value among the globals that is no parameter."""
+    valid, plain = set(known), (str, int, float, bool, list, dict, type(None))
+    shell = {"In", "Out", "exit", "quit", "get_ipython", "open", "papermill_description"}
+    for name, value in names.items():
+        if name not in valid | shell and not name.startswith("_") and isinstance(value, plain):
+            raise ConfigError(unknown_name("parameter", name, valid))
 
 # %% ../../nbs/core/02_config.ipynb #5fe756fa
 def save_config(

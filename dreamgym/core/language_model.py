@@ -179,6 +179,7 @@ class SmallLayer(nn.Module):
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up = nn.Linear(d, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, d, bias=False)
+        self.out.closes_residual = self.down.closes_residual = True
 
     def forward(self, x, cos, sin, mask, keep, cache: SmallCache | None):
         x = x + self._attend(self._mix(0, x, keep, cache), cos, sin, mask, cache)
@@ -219,9 +220,10 @@ class SmallLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            scale = self.config.initializer_range
-            nn.init.normal_(module.weight, std=scale)
+        if getattr(module, "closes_residual", False):
+            nn.init.zeros_(module.weight)  # each layer starts as the identity
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, ShortConv):

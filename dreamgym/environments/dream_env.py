@@ -78,7 +78,7 @@ class DreamEnv:
         dream.state, dream.turn = e.next_state, dream.turn + 1
         truncated = dream.turn >= self.max_turns and not e.terminated
         success = e.reward > 0 if e.terminated or truncated else None
-        info = {"reasoning": e.reasoning, "action_error": _error(e, self.model), "valid": e.valid}
+        info = {"reasoning": e.reasoning, "action_error": _error(e, self.model), "malformed": not e.valid}
         actions = self.model.mapper.admissible_actions(e.next_state)
         return StepResult(e.next_state, "", e.reward, e.terminated, truncated, success, None, actions, info)
 

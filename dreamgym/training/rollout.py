@@ -38,7 +38,7 @@ class _Running:
 
     def add(self, prompt: Sequence[int], reply: Generation, action: str, result: StepResult, penalty: float) -> None:
         valid = not result.info.get("action_error")
-        info = {"reasoning": result.info["reasoning"]} if result.info.get("reasoning") else {}
+        info = {key: result.info[key] for key in ("reasoning", "malformed") if result.info.get(key)}
         info |= {} if result.info.get("valid", True) else {"malformed": result.info.get("action_error")}
         self.turns.append(
             Turn(

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .ppo import make_batch, ppo_update
 from dreamgym.training.preparation import (
     clone_policy,
     cloned_rollouts,
+    demonstration_rows,
     environment_texts,
     experience_model,
     make_language_model,
@@ -218,7 +219,12 @@ class Prepared:
     @property
     def real_transitions(self) -> int:
         """All real transitions that the experience model was trained on."""
-        return sum(n for name, n in self.counts.items() if name != "demonstrations")
+        return self.counts["offline"] + self.counts["cloned"]
+
+    @property
+    def clone_transitions(self) -> int:
+        """Real transitions of the episodes that the policy was cloned from."""
+        return self.counts["demonstrations"]
 
 # %% ../../nbs/training/37a_trainer.ipynb #d27d792c
 class DreamGymTrainer:
@@ -286,7 +292,8 @@ class DreamGymTrainer:
         buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
         buffer.add_many(data + own)
         save_checkpoint(home, 0, policy, None, {"stage": "cloned"})
-        counts = {"offline": len(data), "cloned": len(own), "demonstrations": report.rows}
+        demonstrated = len(demonstration_rows(data, config.policy_model.bc_demonstrations))
+        counts = {"offline": len(data), "cloned": len(own), "demonstrations": demonstrated}
         write_json(home / "counts.json", counts)
         return Prepared(self.env, with_initial_states(tasks, data), buffer, policy, None, counts)
 
@@ -305,6 +312,15 @@ class DreamGymTrainer:
         language_model.save(home)
         write_json(home / "trained.json", {"seconds": time.monotonic() - start, "loss": losses.mean})
         return model
+
+    def dreamable(self, split: str, count: int) -> list[Task]:
+        """Tasks of a split with their real first states, to dream from; each costs one real reset, no transition."""
+        tasks, found = list(self.env.tasks(split)[:count]), []
+        batch = self.env.make(len(tasks))
+        for task, result in zip(tasks, batch.reset(range(len(tasks)), tasks), strict=True):
+            found += [] if result.aborted else [replace(task, initial_state=result.state)]
+        batch.close()
+        return found
 
     # ---- one arm
 

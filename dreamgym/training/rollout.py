@@ -39,7 +39,6 @@ class _Running:
     def add(self, prompt: Sequence[int], reply: Generation, action: str, result: StepResult, penalty: float) -> None:
         valid = not result.info.get("action_error")
         info = {key: result.info[key] for key in ("reasoning", "malformed") if result.info.get(key)}
-        info |= {} if result.info.get("valid", True) else {"malformed": result.info.get("action_error")}
         self.turns.append(
             Turn(
                 prompt_ids=prompt,
@@ -93,7 +92,7 @@ def rollout(
         while waiting or running:
             finished += _fill(env, range(config.slots), waiting, running, done, groups, config, codec)
             slots = sorted(running)
-            prompts = codec.prompts([running[slot][1].state for slot in slots])
+            prompts = codec.prompts([running[slot][1].state for slot in slots]) if slots else []
             sampling = SamplingParams(config.max_new_tokens, config.temperature, None if seed is None else seed + turn)
             replies = generator.generate(prompts, sampling) if slots else []
             actions = [codec.action(reply.ids) for reply in replies]

@@ -1,7 +1,6 @@
 """PPO from the golden advantage to a learned task: what it must not depend on, and what it must survive."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -327,14 +326,14 @@ def test_it_learns_to_name_the_door_it_saw(seed):
     assert curve[0] < 0.5 and sum(curve[-3:]) / 3 > 0.9, curve[::5]
 
 
-def test_warm_up_of_the_critic_asks_nothing_of_the_policy(policy):
-    """Its loss has the value term only, whatever the advantages; the shared trunk learns values from it."""
+def test_warm_up_of_the_critic_leaves_the_policy_alone(policy):
+    """The trunk is shared: only the value head may move, whatever the advantages say."""
     turns = [turn(policy, s, d, float(s == d)) for s in DOORS for d in DOORS]
+    prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
+    before, _ = score_turns(policy, prompts, responses)
     batch = make_batch([episode(policy, [t]) for t in turns], policy)
-    flipped = replace(batch, advantages=[-100 * a for a in batch.advantages])
-    rows = range(len(turns))
-    losses = [minibatch_loss(policy, b, rows, 0.2, 0.5, 0.5, 0.1, 0.1, 1.0, True)[0].item() for b in (batch, flipped)]
-    assert losses[0] == losses[1]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    curve = [ppo_update(policy, optimizer, batch, epochs=1, values_only=True)["value/loss"] for _ in range(10)]
-    assert curve[-1] < 0.7 * curve[0]
+    curve = [ppo_update(policy, optimizer, batch, epochs=1, values_only=True)["value/loss"] for _ in range(20)]
+    after, _ = score_turns(policy, prompts, responses)
+    assert curve[-1] < 0.95 * curve[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

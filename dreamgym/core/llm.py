@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from .language_model import LanguageModel, PromptEncoder, SamplingParams, TransformersGenerator
+if TYPE_CHECKING:
+    from dreamgym.core.language_model import LanguageModel
 
 # %% auto #0
-__all__ = ['Request', 'Reply', 'LLMClient', 'GeneratorClient']
+__all__ = ['Request', 'Reply', 'LLMClient', 'setting_groups', 'GeneratorClient']
 
 # %% ../../nbs/core/04_llm.ipynb #dba59ca2
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Request:
     temperature: float = 1.0
     sample: int = 0  # index among several samples of one prompt
 
-
+# %% ../../nbs/core/04_llm.ipynb #6a97e03d
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The answer to a request."""
@@ -35,17 +36,35 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-
+# %% ../../nbs/core/04_llm.ipynb #b68df4c5
 class LLMClient(Protocol):
     """Batched text completion; concurrency lives inside."""
 
-    def complete(self, requests: Sequence[Request]) -> list[Reply]: ...
+    def complete(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply for each request, in order."""
 
-# %% ../../nbs/core/04_llm.ipynb #b68df4c5
+# %% ../../nbs/core/04_llm.ipynb #450b6613
+def setting_groups(
+    requests: Sequence[Request],
+) -> dict[tuple[str, int, float], list[int]]:  # (system, max_new_tokens, temperature) -> indices of requests
+    """Requests that can be served in one batch, in order of first appearance."""
+    groups: dict[tuple[str, int, float], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault((request.system, request.max_new_tokens, request.temperature), []).append(i)
+    return groups
+
+# %% ../../nbs/core/04_llm.ipynb #dcf24b65
 class GeneratorClient:
     """`LLMClient` over a language model in this process."""
 
-    def __init__(self, language_model: LanguageModel, chunk: int = 128, seed: int | None = None):
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        chunk: int = 128,  # prompts per forward pass
+        seed: int | None = None,  # None: torch's global generator
+    ):
+        from dreamgym.core.language_model import TransformersGenerator
+
         self.generator = TransformersGenerator(language_model, chunk)
         self.tokenizer, self.seed, self.calls = language_model.tokenizer, seed, 0
 
@@ -55,15 +74,19 @@ class GeneratorClient:
     ) -> list[Reply]:  # in order
         """Answers all requests, those with equal settings in one batch."""
         replies: list[Reply | None] = [None] * len(requests)
-        groups: dict[tuple, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault((request.system, request.max_new_tokens, request.temperature), []).append(i)
-        for (system, budget, temperature), rows in groups.items():
-            self.calls += 1
-            seed = None if self.seed is None else self.seed + self.calls
-            prompts = PromptEncoder(self.tokenizer, system)([requests[i].prompt for i in rows])
-            generations = self.generator.generate(prompts, SamplingParams(budget, temperature, seed))
-            texts = self.tokenizer.batch_decode([g.ids for g in generations], skip_special_tokens=True)
-            for i, prompt, g, text in zip(rows, prompts, generations, texts, strict=True):
-                replies[i] = Reply(text, g.stop_reason, len(prompt), len(g.ids))
+        for (system, budget, temperature), rows in setting_groups(requests).items():
+            answers = self._batch([requests[i].prompt for i in rows], system, budget, temperature)
+            for i, reply in zip(rows, answers, strict=True):
+                replies[i] = reply
         return [reply for reply in replies if reply is not None]
+
+    def _batch(self, texts: Sequence[str], system: str, budget: int, temperature: float) -> list[Reply]:
+        from dreamgym.core.language_model import PromptEncoder, SamplingParams
+
+        self.calls += 1
+        seed = None if self.seed is None else self.seed + self.calls
+        prompts = PromptEncoder(self.tokenizer, system)(texts)
+        sampled = self.generator.generate(prompts, SamplingParams(budget, temperature, seed))
+        answers = self.tokenizer.batch_decode([g.ids for g in sampled], skip_special_tokens=True)
+        rows = zip(prompts, sampled, answers, strict=True)
+        return [Reply(answer, g.stop_reason, len(prompt), len(g.ids)) for prompt, g, answer in rows]

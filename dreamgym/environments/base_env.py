@@ -5,7 +5,7 @@
 # %% ../../nbs/environments/10_base_env.ipynb #61504daa
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from ..core.errors import ConfigError, EnvironmentFailure, unknown_name
 
 # %% auto #0
 __all__ = ['BUILDERS', 'PLANNED', 'StateMapper', 'BatchEnv', 'Environment', 'make_environment', 'CountingEnv', 'check_env',
-           'TranscriptMapper', 'GymnasiumBatchEnv']
+           'TranscriptMapper', 'gymnasium_result', 'GymnasiumBatchEnv']
 
 # %% ../../nbs/environments/10_base_env.ipynb #225cfdb6
 @runtime_checkable
@@ -28,7 +28,7 @@ class StateMapper(Protocol):
     def facts(self, state: str) -> frozenset[str]: ...
     def admissible_actions(self, state: str) -> list[str] | None: ...
 
-
+# %% ../../nbs/environments/10_base_env.ipynb #810aa7df
 @runtime_checkable
 class BatchEnv(Protocol):
     """Many episodes in lockstep or not: each call names the slots that it concerns."""
@@ -61,12 +61,15 @@ BUILDERS = {
 }
 PLANNED = ("webarena", "taubench", "webshop")  # named in configs/, not built yet
 
-
+# %% ../../nbs/environments/10_base_env.ipynb #ec79526b
 def make_environment(
     name: str,  # 'alfworld', … or 'module:function' of your own
     config: Any = None,  # EnvironmentConfig
 ) -> Environment:
-    """Builds an environment by name. Raises ConfigError for an unknown name, EnvironmentFailure for one not built yet."""
+    """Builds an environment by name.
+
+    Raises ConfigError for an unknown name, EnvironmentFailure for one that is not built yet.
+    """
     from importlib import import_module
 
     if name in PLANNED:
@@ -82,14 +85,17 @@ class CountingEnv:
     """Toy `BatchEnv`: reach the instruction's number with '+1' before `max_turns`; other actions change nothing."""
 
     def __init__(self, slots: int, max_turns: int = 6):
-        self.max_turns, self._tasks, self._count = max_turns, [None] * slots, [(0, 0)] * slots
+        self.max_turns, self._count = max_turns, [(0, 0)] * slots  # count and turn of each slot
+        self._tasks: list[Any] = [None] * slots
 
-    def reset(self, slots, tasks, seeds=None):
+    def reset(self, slots, tasks, seeds=None) -> list[StepResult]:
+        """Starts at 0; seeds change nothing."""
         for slot, task in zip(slots, tasks, strict=True):
             self._tasks[slot], self._count[slot] = task, (0, 0)
         return [StepResult(state="count 0", observation="0", admissible_actions=["+1"]) for _ in slots]
 
-    def step(self, slots, actions):
+    def step(self, slots, actions) -> list[StepResult]:
+        """One action in each named slot."""
         return [self._step(slot, action) for slot, action in zip(slots, actions, strict=True)]
 
     def _step(self, slot: int, action: str) -> StepResult:
@@ -102,10 +108,45 @@ class CountingEnv:
         info = {"action_error": None if action == "+1" else "only +1 is possible"}
         return StepResult(f"count {count}", str(count), float(won), won, late, success, None, ["+1"], info)
 
-    def close(self):
+    def close(self) -> None:
+        """Forgets all episodes."""
         self._tasks = []
 
 # %% ../../nbs/environments/10_base_env.ipynb #6359e4b0
+def _expect(actual: Any, expected: Any, what: str, cause: str) -> None:
+    """Raises EnvironmentFailure if two values differ."""
+    if actual != expected:
+        raise EnvironmentFailure(f"{what}: expected {expected!r}, got {actual!r}; likely cause: {cause}")
+
+# %% ../../nbs/environments/10_base_env.ipynb #40d20a03
+def _checked(
+    results: list[StepResult],
+    slots: Sequence[int],  # that were asked for
+    call: str,  # 'step', or which reset
+) -> list[StepResult]:  # the same
+    """Raises EnvironmentFailure for a result that contradicts itself."""
+    _expect(len(results), len(slots), f"{call}: number of results", "one result for each named slot")
+    for result in results:
+        _expect(isinstance(result.state, str), True, f"{call}: state is text", "the mapper returned something else")
+        _expect(result.terminated and result.truncated, False, f"{call}: both end flags", "terminated wins")
+        if result.aborted is None:
+            _expect(result.success is not None, result.done, f"{call}: success is known", "set success only at the end")
+        if call != "step":
+            _expect(result.terminated, False, f"{call}: terminated", "a fresh episode cannot be over")
+    return results
+
+# %% ../../nbs/environments/10_base_env.ipynb #fcf253c3
+def _check_resets(env: BatchEnv, tasks: Sequence[Task]) -> None:
+    """Raises EnvironmentFailure if resets are not repeatable or mix up slots."""
+    slots = [0, 1, 2]
+    first = _checked(env.reset(slots, tasks[:3]), slots, "reset")
+    again = _checked(env.reset(slots, tasks[:3]), slots, "reset")
+    one, two = ([r.state for r in results] for results in (first, again))
+    _expect(one, two, "reset twice with the same tasks", "hidden random state")
+    part = _checked(env.reset([2, 0], [tasks[1], tasks[2]]), [2, 0], "reset of a subset")
+    _expect(part[0].state, first[1].state, "slot 2 after reset to task 1", "results are not in the order of `slots`")
+
+# %% ../../nbs/environments/10_base_env.ipynb #93ff65d9
 def check_env(
     env: BatchEnv,  # at least 3 slots
     tasks: Sequence[Task],  # at least 3 tasks
@@ -113,14 +154,7 @@ def check_env(
     max_turns: int,  # the environment's turn limit
 ) -> int:  # number of steps that were checked
     """Raises EnvironmentFailure at the first broken promise of the `BatchEnv` interface."""
-    slots = [0, 1, 2]
-    first = _checked(env.reset(slots, tasks[:3]), slots, "reset")
-    again = _checked(env.reset(slots, tasks[:3]), slots, "reset")
-    _expect(
-        [r.state for r in first], [r.state for r in again], "reset twice with the same tasks", "hidden random state"
-    )
-    part = _checked(env.reset([2, 0], [tasks[1], tasks[2]]), [2, 0], "reset of a subset")
-    _expect(part[0].state, first[1].state, "slot 2 after reset to task 1", "results are not in the order of `slots`")
+    _check_resets(env, tasks)
     alive, steps = {0, 1, 2}, 0
     while alive:
         order = sorted(alive, reverse=True)
@@ -132,23 +166,6 @@ def check_env(
     env.close()
     return steps
 
-# %% ../../nbs/environments/10_base_env.ipynb #40d20a03
-def _expect(actual: Any, expected: Any, what: str, cause: str) -> None:
-    if actual != expected:
-        raise EnvironmentFailure(f"{what}: expected {expected!r}, got {actual!r}; likely cause: {cause}")
-
-
-def _checked(results: list[StepResult], slots: Sequence[int], call: str) -> list[StepResult]:
-    _expect(len(results), len(slots), f"{call}: number of results", "one result for each named slot")
-    for result in results:
-        _expect(isinstance(result.state, str), True, f"{call}: state is text", "the mapper returned something else")
-        _expect(result.terminated and result.truncated, False, f"{call}: both end flags", "terminated wins")
-        if result.aborted is None:
-            _expect(result.success is not None, result.done, f"{call}: success is known", "set success only at the end")
-        if call != "step":
-            _expect(result.terminated, False, f"{call}: terminated", "a fresh episode cannot be over")
-    return results
-
 # %% ../../nbs/environments/10_base_env.ipynb #fe96b4b3
 class TranscriptMapper:
     """Raw observations as the state: task, first observation, and the last few actions with their answers."""
@@ -157,44 +174,66 @@ class TranscriptMapper:
         self.window = window  # answers that are kept
 
     def start(self, task: Task, observation: str) -> str:
+        """Task and first observation, a line each."""
         return f"task: {task.instruction}\n" + " ".join(observation.split())
 
     def update(self, state: str, action: str, observation: str) -> str:
+        """Appends the action with its answer; the oldest one may fall out."""
         return self.merge(state, f"{action} = {' '.join(observation.split())}")
 
     def diff(self, state: str, next_state: str) -> str:
+        """The last line."""
         return next_state.rpartition("\n")[2]
 
     def merge(self, state: str, delta: str) -> str:
+        """Appends a line."""
         task, first, *answers = state.split("\n")
         return "\n".join([task, first, *[*answers, " ".join(delta.split())][-self.window :]])
 
     def facts(self, state: str) -> frozenset[str]:
+        """Every line is a fact."""
         return frozenset(state.split("\n"))
 
     def admissible_actions(self, state: str) -> None:
-        return None
+        """Unknown."""
 
 # %% ../../nbs/environments/10_base_env.ipynb #8b54d460
-class GymnasiumBatchEnv:
-    """`BatchEnv` over text environments with gymnasium's interface, one per slot."""
+def gymnasium_result(
+    state: str,
+    observation: str,
+    info: Mapping[str, Any],  # 'success', 'admissible_actions' and 'action_error' are understood
+    reward: float = 0.0,
+    terminated: bool = False,
+    truncated: bool = False,
+) -> StepResult:
+    """Gymnasium's five-tuple as a result; an episode without a `success` of its own succeeds with a positive reward."""
+    done = terminated or truncated
+    success = bool(info.get("success", reward > 0)) if done else None
+    admissible = info.get("admissible_actions")
+    cut = truncated and not terminated
+    return StepResult(state, observation, reward, terminated, cut, success, None, admissible, dict(info))
 
-    def __init__(
-        self,
-        make: Callable[[], Any],  # makes one environment: string observations, string actions
-        slots: int,
-        mapper: StateMapper | None = None,  # None: state = observation
-    ):
+# %% ../../nbs/environments/10_base_env.ipynb #cf6f1b06
+class GymnasiumBatchEnv:
+    """`BatchEnv` over text environments with gymnasium's interface, one per slot.
+
+    `make()` makes one environment (string observations, string actions); without a mapper, state = observation.
+    """
+
+    def __init__(self, make: Callable[[], Any], slots: int, mapper: StateMapper | None = None):
         self._envs, self._mapper, self._states = [make() for _ in range(slots)], mapper, [""] * slots
 
-    def reset(self, slots, tasks, seeds=None):
-        seeds = seeds or [task.seed for task in tasks]
-        return [self._reset(*item) for item in zip(slots, tasks, seeds, strict=True)]
+    def reset(self, slots, tasks, seeds=None) -> list[StepResult]:
+        """Fresh episodes; the environment gets the task's id and metadata as options."""
+        chosen = seeds or [task.seed for task in tasks]
+        return [self._reset(*item) for item in zip(slots, tasks, chosen, strict=True)]
 
-    def step(self, slots, actions):
+    def step(self, slots, actions) -> list[StepResult]:
+        """One action in each named slot."""
         return [self._step(slot, action) for slot, action in zip(slots, actions, strict=True)]
 
-    def close(self):
+    def close(self) -> None:
+        """Closes all environments."""
         for env in self._envs:
             env.close()
 
@@ -204,21 +243,13 @@ class GymnasiumBatchEnv:
         except Exception as error:
             return StepResult("", aborted=f"reset failed: {error!r}")
         self._states[slot] = self._mapper.start(task, observation) if self._mapper else observation
-        return self._result(slot, observation, 0.0, False, False, info)
+        return gymnasium_result(self._states[slot], observation, info)
 
     def _step(self, slot: int, action: str) -> StepResult:
+        before = self._states[slot]
         try:
             observation, reward, terminated, truncated, info = self._envs[slot].step(action)
         except Exception as error:
-            return StepResult(self._states[slot], aborted=f"step failed: {error!r}")
-        state = self._states[slot]
-        self._states[slot] = self._mapper.update(state, action, observation) if self._mapper else observation
-        return self._result(slot, observation, float(reward), bool(terminated), bool(truncated), info)
-
-    def _result(self, slot, observation, reward, terminated, truncated, info) -> StepResult:
-        done = terminated or truncated
-        success = bool(info.get("success", reward > 0)) if done else None
-        admissible = info.get("admissible_actions")
-        truncated = truncated and not terminated
-        state = self._states[slot]
-        return StepResult(state, observation, reward, terminated, truncated, success, None, admissible, dict(info))
+            return StepResult(before, aborted=f"step failed: {error!r}")
+        state = self._states[slot] = self._mapper.update(before, action, observation) if self._mapper else observation
+        return gymnasium_result(state, observation, info, float(reward), bool(terminated), bool(truncated))

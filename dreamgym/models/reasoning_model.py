@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..core.config import BufferConfig, ReasoningModelConfig
 from ..core.data_structures import Experience, Task
 from ..core.errors import PredictionError
 from ..core.llm import LLMClient, Request
-from ..environments.base_env import StateMapper
+from ..environments.base_env import StateMapper, TranscriptMapper
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'SYSTEM', 'Query', 'render_target', 'parse_target', 'render_demo', 'render_prompt', 'ReasoningExperienceModel']
+__all__ = ['log', 'SYSTEM', 'Query', 'render_target', 'split_target', 'parse_target', 'render_demo', 'render_prompt',
+           'ExperiencePrompts', 'read_prediction', 'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,6 @@ class Query:
         return ""
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #f30f2ceb
-_REWARD = re.compile(r"reward ([01])( end)?$")
-
-
 def render_target(
     experience: Experience,  # a real transition with its reasoning
     mapper: StateMapper,
@@ -59,30 +57,40 @@ def render_target(
     lines = [experience.reasoning] if reasoning and experience.reasoning else []
     return "\n".join([*lines, change, f"reward {int(experience.reward > 0)}{end}"])
 
-# %% ../../nbs/models/21_reasoning_model.ipynb #23b806dc
-def parse_target(
-    text: str,  # the model's reply
-    state: str,
-    action: str,
-    mapper: StateMapper,
-    reasoning: bool = True,
-) -> tuple[str, str, float, bool]:  # reasoning, next state, reward, terminated
-    """Reads a prediction. Raises PredictionError saying what is wrong with it."""
-    lines = text.strip().split("\n")
-    thought = lines.pop(0) if reasoning else ""
-    match = _REWARD.match(lines.pop() if lines else "")
+# %% ../../nbs/models/21_reasoning_model.ipynb #539cb205
+_REWARD = re.compile(r"reward ([01])( end)?$")
+
+
+def split_target(
+    lines: list[str],  # of the reply, without the reasoning
+) -> tuple[str, float, bool]:  # change, reward, terminated
+    """The parts of a prediction. Raises PredictionError saying what is wrong with it."""
+    match = _REWARD.match(lines[-1] if lines else "")
     if not match:
         raise PredictionError("the last line is not 'reward 0' or 'reward 1 end'")
-    reward, terminated = float(match.group(1)), bool(match.group(2))
+    change, reward, terminated = "\n".join(lines[:-1]), float(match.group(1)), bool(match.group(2))
     if reward and not terminated:
         raise PredictionError("a reward without the end of the episode")
-    change = "\n".join(lines)
     if not change:
         raise PredictionError("no change is written")
     if change == "fail" and reward:
         raise PredictionError("a failed action cannot earn a reward")
     if change.startswith(("fail ", "fail\n")):
         raise PredictionError("'fail' stands alone: the action is known and nothing else changes")
+    return change, reward, terminated
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #e90bbef8
+def parse_target(
+    text: str,  # the model's reply
+    state: str,
+    action: str,
+    mapper: StateMapper,
+    reasoning: bool = True,  # the first line is R_t
+) -> tuple[str, str, float, bool]:  # reasoning, next state, reward, terminated
+    """Reads a prediction. Raises PredictionError saying what is wrong with it."""
+    lines = text.strip().split("\n")
+    thought = lines.pop(0) if reasoning else ""
+    change, reward, terminated = split_target(lines)
     try:
         next_state = mapper.merge(state, f"fail {action}" if change == "fail" else change)
     except (ValueError, IndexError, KeyError) as error:
@@ -98,7 +106,7 @@ def render_demo(
     change = mapper.diff(demo.state, demo.next_state)
     return f"{demo.action} > {'fail' if change.startswith('fail ') else change}"
 
-
+# %% ../../nbs/models/21_reasoning_model.ipynb #21918655
 def render_prompt(
     query: Query,
     demos: Sequence[Experience],
@@ -112,27 +120,19 @@ def render_prompt(
     lines += [f"seen: {render_demo(demo, mapper)}" for demo in demos]
     return "\n".join([*lines, f"action: {query.action}"])
 
-# %% ../../nbs/models/21_reasoning_model.ipynb #df6585d0
-SYSTEM = ""  # a trained model needs none; prompted models get theirs with the client
-
-
-class ReasoningExperienceModel:
-    """Predicts experiences by reasoning over state, action, history and retrieved demonstrations."""
+# %% ../../nbs/models/21_reasoning_model.ipynb #e159f4c0
+class ExperiencePrompts:
+    """Writes prompts: state, action, history and retrieved demonstrations."""
 
     def __init__(
         self,
         config: ReasoningModelConfig,
-        llm_client: LLMClient,
         buffer: Any = None,  # ExperienceReplayBuffer; None: no demonstrations
         mapper: StateMapper | None = None,  # None: states are observations
-        buffer_config: BufferConfig | None = None,
+        buffer_config: BufferConfig | None = None,  # None: the buffer's
     ):
-        from dreamgym.environments.base_env import TranscriptMapper
-
-        self.config, self.client, self.buffer = config, llm_client, buffer
-        self.mapper = mapper or TranscriptMapper()
-        self.buffer_config = buffer_config or getattr(buffer, "config", BufferConfig())
-        self.predictions = self.malformed = 0
+        self.config, self.buffer, self.mapper = config, buffer, mapper or TranscriptMapper()
+        self.buffer_config: BufferConfig = buffer_config or getattr(buffer, "config", None) or BufferConfig()
 
     def demos(
         self,
@@ -156,38 +156,62 @@ class ReasoningExperienceModel:
         history = self.config.history
         return [render_prompt(q, d, self.mapper, history) for q, d in zip(queries, demos, strict=True)]
 
+# %% ../../nbs/models/21_reasoning_model.ipynb #6bce7db0
+def read_prediction(
+    query: Query,
+    text: str,  # the model's reply
+    mapper: StateMapper,
+    reasoning: bool = True,
+) -> Experience:  # source 'synthetic', with the query's task
+    """The experience that a reply describes."""
+    task = query.task
+    origin: dict[str, Any] = dict(source="synthetic", task_id=task.id, instruction=task.instruction)
+    origin |= dict(world_id=task.world_id, task_type=task.task_type, split=task.split)
+    try:
+        thought, after, reward, end = parse_target(text, query.state, query.action, mapper, reasoning)
+    except PredictionError as error:
+        log.debug("malformed prediction for %r: %s\n%s", query.action, error, text)
+        after = mapper.merge(query.state, f"fail {query.action}")
+        return Experience(query.state, query.action, 0.0, after, False, valid=False, error=str(error), **origin)
+    return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin)
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #df6585d0
+SYSTEM = ""  # a trained model needs none; prompted models get theirs with the client
+
+
+class ReasoningExperienceModel(ExperiencePrompts):
+    """Predicts experiences by reasoning over state, action, history and retrieved demonstrations."""
+
+    def __init__(
+        self,
+        config: ReasoningModelConfig,
+        llm_client: LLMClient,
+        buffer: Any = None,  # ExperienceReplayBuffer; None: no demonstrations
+        mapper: StateMapper | None = None,  # None: states are observations
+        buffer_config: BufferConfig | None = None,  # None: the buffer's
+    ):
+        super().__init__(config, buffer, mapper, buffer_config)
+        self.client = llm_client
+        self.predictions = self.malformed = 0
+
     def predict(
         self,
         queries: Sequence[Query],
     ) -> list[Experience]:  # one per query; `valid` is False where the reply could not be read
         """One batched call. A reply that cannot be read is a recorded failure, never a crash."""
-        budget, temperature = self.config.max_new_tokens, self.config.temperature
-        requests = [Request(p, SYSTEM, budget, temperature) for p in self.prompts(queries)]
+        mapper, config = self.mapper, self.config
+        requests = [Request(p, SYSTEM, config.max_new_tokens, config.temperature) for p in self.prompts(queries)]
         replies = self.client.complete(requests) if requests else []
-        experiences = [self._read(q, r.text) for q, r in zip(queries, replies, strict=True)]
+        experiences = [
+            read_prediction(q, r.text, mapper, config.reasoning) for q, r in zip(queries, replies, strict=True)
+        ]
         self.predictions += len(experiences)
         self.malformed += sum(not e.valid for e in experiences)
         return experiences
 
     def generate_experience(
-        self,
-        state: str,
-        action: str,
-        task: Task | str,
-        history: Sequence[tuple[str, str]] = (),
+        self, state: str, action: str, task: Task | str, history: Sequence[tuple[str, str]] = ()
     ) -> Experience:
         """A single prediction; many at once are far cheaper with `predict`."""
         task = Task("adhoc", task) if isinstance(task, str) else task
         return self.predict([Query(state, action, task, tuple(history))])[0]
-
-    def _read(self, query: Query, text: str) -> Experience:
-        task = query.task
-        origin = dict(source="synthetic", task_id=task.id, instruction=task.instruction, world_id=task.world_id)
-        origin |= dict(task_type=task.task_type, split=task.split)
-        try:
-            thought, after, reward, end = parse_target(text, query.state, query.action, self.mapper, self.config.reasoning)
-        except PredictionError as error:
-            log.debug("malformed prediction for %r: %s\n%s", query.action, error, text)
-            after = self.mapper.merge(query.state, f"fail {query.action}")
-            return Experience(query.state, query.action, 0.0, after, False, valid=False, error=str(error), **origin)
-        return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin)

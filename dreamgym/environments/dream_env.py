@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import ConfigError
 from ..models.reasoning_model import Query, ReasoningExperienceModel
 
-# %% auto #0
-__all__ = ['DreamEnv']
+if TYPE_CHECKING:
+    from dreamgym.environments.base_env import StateMapper
 
-# %% ../../nbs/environments/24_dream_env.ipynb #13a65a49
+# %% auto #0
+__all__ = ['action_error', 'dream_result', 'first_state', 'DreamEnv']
+
+# %% ../../nbs/environments/24_dream_env.ipynb #eb3b6bb3
 @dataclass
 class _Dream:
     """One running dream."""
@@ -23,45 +27,75 @@ class _Dream:
     task: Task
     state: str
     turn: int = 0
-    history: list[tuple[str, str]] = field(default_factory=list)
+    history: list[tuple[str, str]] = field(default_factory=list)  # (state, action) pairs, oldest first
 
+    def query(self, action: str, keep: int) -> Query:
+        """What happens if `action` is done now? Shows the last `keep` pairs of the history."""
+        return Query(self.state, action, self.task, tuple(self.history[-keep:] if keep else ()))
 
+    def advance(self, e: Experience) -> None:
+        """Takes over what was predicted."""
+        self.history.append((e.state, e.action))
+        self.state, self.turn = e.next_state, self.turn + 1
+
+# %% ../../nbs/environments/24_dream_env.ipynb #861b0b34
+def action_error(
+    e: Experience,  # a prediction
+    mapper: StateMapper,
+) -> str | None:
+    """Why an action had no effect; None if it had one."""
+    if not e.valid:
+        return f"malformed prediction: {e.error}"
+    failed = mapper.merge(e.state, f"fail {e.action}") == e.next_state
+    return "the action had no effect" if failed else None
+
+# %% ../../nbs/environments/24_dream_env.ipynb #794ad3aa
+def dream_result(
+    e: Experience,  # a prediction
+    late: bool,  # the turn limit is reached
+    mapper: StateMapper,
+) -> StepResult:
+    """A prediction as an environment's answer."""
+    truncated = late and not e.terminated
+    success = e.reward > 0 if e.terminated or truncated else None
+    info = {"reasoning": e.reasoning, "action_error": action_error(e, mapper), "malformed": not e.valid}
+    actions = mapper.admissible_actions(e.next_state)
+    return StepResult(e.next_state, "", e.reward, e.terminated, truncated, success, None, actions, info)
+
+# %% ../../nbs/environments/24_dream_env.ipynb #1a791aab
+def first_state(task: Task) -> str:
+    """The task's recorded real first state. Raises ConfigError if there is none."""
+    if task.initial_state is None:
+        raise ConfigError(f"task {task.id!r} has no initial_state; a dream starts from a recorded real first state")
+    return task.initial_state
+
+# %% ../../nbs/environments/24_dream_env.ipynb #3ace0e60
 class DreamEnv:
-    """`BatchEnv` whose steps are predictions of an experience model."""
+    """`BatchEnv` whose steps are predictions of an experience model; `max_turns` is the real environment's."""
 
-    def __init__(
-        self,
-        model: ReasoningExperienceModel,
-        slots: int,
-        max_turns: int,  # of the real environment
-    ):
+    def __init__(self, model: ReasoningExperienceModel, slots: int, max_turns: int):
         self.model, self.max_turns = model, max_turns
         self._dreams: list[_Dream | None] = [None] * slots
 
     def reset(
-        self,
-        slots: Sequence[int],
-        tasks: Sequence[Task],  # each with a recorded initial state
-        seeds: Sequence[int] | None = None,  # dreams take their randomness from the model's sampler
+        self, slots: Sequence[int], tasks: Sequence[Task], seeds: Sequence[int] | None = None
     ) -> list[StepResult]:
-        """Starts dreams. Raises ConfigError for a task without a recorded initial state."""
+        """Starts dreams. Raises ConfigError for a task without a recorded first state.
+
+        Seeds change nothing: a dream's randomness is that of the model's sampler.
+        """
         for slot, task in zip(slots, tasks, strict=True):
-            if task.initial_state is None:
-                raise ConfigError(f"task {task.id!r} has no initial_state; a dream starts from a recorded real first state")
-            self._dreams[slot] = _Dream(task, task.initial_state)
+            self._dreams[slot] = _Dream(task, first_state(task))
         actions = self.model.mapper.admissible_actions
-        states = [str(task.initial_state) for task in tasks]
-        return [StepResult(state, admissible_actions=actions(state)) for state in states]
+        return [StepResult(state, admissible_actions=actions(state)) for state in map(first_state, tasks)]
 
     def step(self, slots: Sequence[int], actions: Sequence[str]) -> list[StepResult]:
         """One batched prediction for all named slots."""
-        dreams = [self._running(slot) for slot in slots]
-        keep = self.model.config.history
-        queries = [
-            Query(d.state, action, d.task, tuple(d.history[-keep:] if keep else ()))
-            for d, action in zip(dreams, actions, strict=True)
-        ]
-        return [self._advance(d, e) for d, e in zip(dreams, self.model.predict(queries), strict=True)]
+        dreams, keep, mapper = [self._running(slot) for slot in slots], self.model.config.history, self.model.mapper
+        experiences = self.model.predict([d.query(a, keep) for d, a in zip(dreams, actions, strict=True)])
+        for dream, experience in zip(dreams, experiences, strict=True):
+            dream.advance(experience)
+        return [dream_result(e, d.turn >= self.max_turns, mapper) for d, e in zip(dreams, experiences, strict=True)]
 
     def close(self) -> None:
         """Forgets all dreams."""
@@ -72,20 +106,3 @@ class DreamEnv:
         if dream is None:
             raise ValueError(f"slot {slot} has no dream; call reset first")
         return dream
-
-    def _advance(self, dream: _Dream, e: Experience) -> StepResult:
-        dream.history.append((e.state, e.action))
-        dream.state, dream.turn = e.next_state, dream.turn + 1
-        truncated = dream.turn >= self.max_turns and not e.terminated
-        success = e.reward > 0 if e.terminated or truncated else None
-        info = {"reasoning": e.reasoning, "action_error": _error(e, self.model), "malformed": not e.valid}
-        actions = self.model.mapper.admissible_actions(e.next_state)
-        return StepResult(e.next_state, "", e.reward, e.terminated, truncated, success, None, actions, info)
-
-
-def _error(e: Experience, model: ReasoningExperienceModel) -> str | None:
-    """Why an action had no effect; None if it had one."""
-    if not e.valid:
-        return f"malformed prediction: {e.error}"
-    failed = model.mapper.merge(e.state, f"fail {e.action}") == e.next_state
-    return "the action had no effect" if failed else None

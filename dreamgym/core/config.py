@@ -89,9 +89,6 @@ class ReasoningModelConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay [ours]")
     batch_size: int = Field(32, gt=0, description="transitions per update [ours]")
     train_steps: int = Field(2000, ge=0, description="updates; the learning rate decays over them [ours]")
-    cpu_seconds: float | None = Field(
-        None, gt=0, description="train so many CPU-seconds instead of train_steps; not repeatable bit by bit [ours]"
-    )
     demo_dropout: float = Field(0.1, ge=0, le=1, description="share of training prompts without demos [ours]")
     annotation: Literal["rules", "llm"] = Field("rules", description="who writes the reasoning in the data [ours]")
 
@@ -147,6 +144,7 @@ class RLConfig(Section):
     section: ClassVar[str] = "rl"
     algorithm: Literal["ppo", "rft"] = Field("ppo", description="PPO, or fine-tuning on own successes [paper]")
     lr: float = Field(5e-4, gt=0, description="learning rate of AdamW [ours]; 1e-6 for 1.5B and more [verl-agent]")
+    value_lr: float = Field(5e-3, gt=0, description="learning rate of the value head [ours]; 1e-5 [verl-agent]")
     clip: float = Field(0.2, gt=0, description="largest change of the probability ratio [verl-agent]")
     gamma: float = Field(0.97, gt=0, le=1, description="discount per turn [ours]; 1 [verl-agent]")
     gae_lambda: float = Field(0.9, ge=0, le=1, description="λ of GAE across turns [ours]; 1 [verl-agent]")

@@ -169,7 +169,7 @@ def judge(
     """Applies the rules to what is known."""
     verb, names = read_command(action, variant.style)
     if verb in ("look", "inventory", "help"):
-        return Verdict(verb != "help" or None, ())
+        return Verdict(None if verb == "help" and variant.irregular else True, ())  # old official games have no help
     if not verb:
         return Verdict(False, ("no command",))
     return _CHECKS[verb](state, variant, verb, *names)
@@ -389,9 +389,8 @@ def is_determined(
     """Whether what is known gives the next state word for word."""
     before = parse_state(state)
     works = judge(before, action, variant).ok
-    open_ended = action == "look" or (
-        variant.cool_start and action.startswith("examine")
-    )  # a thing may prove to be cool
+    verb, _ = read_command(action, variant.style)
+    open_ended = verb == "look" or (variant.cool_start and verb == "examine")  # a thing may prove to be cool
     return works is False or (works is True and not open_ended and not expected_state(before, action, variant)[1])
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #cc50b241
@@ -448,6 +447,8 @@ def violations(
             return ["malformed state"]
     except ValueError:
         return ["malformed state"]
+    if set(after.receptacles) != set(before.receptacles):
+        return ["other receptacles"]
     works = after.last == "ok"
     verdict = judge(before, action, variant)
     if verdict.ok is not None and verdict.ok != works:
@@ -467,8 +468,6 @@ def _wrong_effects(before: HouseState, action: str, after: HouseState, variant: 
     found = verb == "examine" and variant.cool_start and name_of(before.hold) == names[0]
     if found and after.hold == with_property(before.hold, "cool"):
         mark(expected, names[0], "cool")  # it was cool from the start
-    if set(after.receptacles) != set(expected.receptacles):
-        return ["other receptacles"]
     wrong = ["other task"] if after.task != expected.task else []
     wrong += ["wrong place"] if after.at != expected.at else []
     wrong += ["wrong hands"] if after.hold != expected.hold else []

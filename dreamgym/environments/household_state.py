@@ -198,6 +198,8 @@ def note_near(
     whole: bool = False,  # these are all receptacles there
 ) -> None:
     """Writes down what is within reach of the agent, besides the receptacle that it stands at."""
+    if state.at not in state.receptacles:
+        return  # in the middle of the room
     old = state.near.get(state.at, "?").split(", ")
     known = {name_of(thing): thing for thing in (*old, *things) if thing not in ("?", "nothing", state.at)}
     _write_near(state, state.at, in_order(known.values()), whole or "?" not in old)
@@ -298,7 +300,7 @@ def mark(
             found = True
             changed = tuple(with_property(i, prop) if name_of(i) == name else i for i in r.contents)
             state.receptacles[place] = Receptacle(r.visited, r.status, changed)
-    if not found and state.at in state.receptacles:  # out of sight, but within reach
+    if not found:  # out of sight, but within reach
         note_near(state, with_property(known_items(state).get(name, name), prop))
 
 

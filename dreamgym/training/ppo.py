@@ -162,6 +162,8 @@ def ppo_update(
             )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if values_only:  # the trunk is shared: only the head may move
+                policy.model.zero_grad(set_to_none=True)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
             if not math.isfinite(norm):
                 skipped += 1

@@ -373,7 +373,11 @@ class ArmLoop:
     def __init__(self, config: Config, ready: Prepared, arm: str, device: str, run: RunDir):
         self.config, self.ready, self.arm, self.device, self.run = config, ready, arm, device, run
         self.policy, self.reference = copy.deepcopy(ready.policy), copy.deepcopy(ready.policy)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.rl.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        groups = [
+            {"params": list(self.policy.model.parameters()), "lr": config.rl.lr},
+            {"params": list(self.policy.value.parameters()), "lr": config.rl.value_lr},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
         self.iteration = self.real_transitions = 0
         self.best: dict[str, Any] = {"iteration": 0, "success": -1.0}
         self.folder = run.path / "checkpoints"

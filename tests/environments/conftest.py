@@ -12,11 +12,11 @@ from dreamgym.environments.household_state import VARIANTS, HouseholdMapper
 
 @pytest.fixture(scope="session")
 def official_games(request):
-    """Official games, one in forty of all."""
+    """Official games, one in twenty-five of all."""
     from dreamgym.environments.alfworld import archive_games
 
     files = archive_games(request.getfixturevalue("test_data") / "alfworld" / "games.tar.xz")
-    return [decode_game(files.read(game_id), game_id) for game_id in files.ids[::40]]
+    return [decode_game(files.read(game_id), game_id) for game_id in files.ids[::25]]
 
 
 @pytest.fixture(scope="session")

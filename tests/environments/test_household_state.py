@@ -21,7 +21,7 @@ from dreamgym.environments.household_state import (
     together,
 )
 
-KINDS = {"small": 240, "full": 70, "official": 70}  # games
+KINDS = {"small": 400, "full": 150, "official": 150}  # games
 BITS = {"clean": CLEAN, "hot": HOT, "cool": COOL, "on": TOGGLED, "sliced": SLICED}
 STATE = """task: put a clean mug in cabinet.
 at: drawer 1
@@ -46,7 +46,7 @@ def test_deltas_fit_on_real_transitions(kind, games_of, walk):
         assert parse_state(after).text() == after
         assert mapper.merge(state, mapper.diff(state, after)) == after, (state, action, observation)
         count += 1
-    assert count >= {"small": 3000, "full": 2000, "official": 1500}[kind]
+    assert count >= {"small": 4000, "full": 3000, "official": 3000}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +163,9 @@ def test_sharing_is_learnt_from_look_from_deeds_and_from_failures():
         assert full.merge(STATE, full.diff(STATE, after)) == after
     assert parse_state(small.update(STATE, "go to cabinet 1", "Nothing happens.")).near == {}
     closed = full.update(STATE, "examine cabinet 1", "The cabinet 1 is closed.")
-    assert "open cabinet 1" in full.admissible_actions(closed) and "go to cabinet 1" not in full.admissible_actions(closed)
+    assert "open cabinet 1" in full.admissible_actions(closed) and "go to cabinet 1" not in full.admissible_actions(
+        closed
+    )
     state = parse_state(closed)
     assert together(state, "cabinet 1", "drawer 1") and together(state, "cabinet 1", "drawer 2") is None
 
@@ -176,7 +178,9 @@ def test_things_put_or_switched_on_out_of_sight_are_kept():
     assert parse_state(back).receptacles["cabinet 1"] == Receptacle() and "hold: mug 2 clean" in back
     assert mapper.merge(put, mapper.diff(put, back)) == back
     lit = mapper.update(STATE, "use desklamp 1", "You turn on the desklamp 1.")
-    assert parse_state(lit).near == {"drawer 1": "desklamp 1 on, ?"} and "use desklamp 1" in mapper.admissible_actions(lit)
+    assert parse_state(lit).near == {"drawer 1": "desklamp 1 on, ?"} and "use desklamp 1" in mapper.admissible_actions(
+        lit
+    )
     shown = "You arrive at cabinet 1. On the cabinet 1, you see a desklamp 1, and a cup 3."
     seen = mapper.update(lit, "go to cabinet 1", shown)
     assert "\ncabinet 1: cup 3, desklamp 1 on\n" in seen and "near" not in seen
@@ -185,10 +189,10 @@ def test_things_put_or_switched_on_out_of_sight_are_kept():
 
 def test_irregular_rooms_may_hold_a_thing_twice():
     mapper = HouseholdMapper(VARIANTS["official"])
-    taken = mapper.update(STATE.replace("mug 2 clean", "nothing"), "go to drawer 2", "You arrive at drawer 2. "
-                          "On the drawer 2, you see a mug 1.")  # fmt: skip
-    assert "\ncountertop 1: mug 1, plate 1\n" in taken and "\ndrawer 2: mug 1\n" in taken
-    taken = mapper.update(taken, "take mug 1 from drawer 2", "You pick up the mug 1 from the drawer 2.")
+    empty, shown = STATE.replace("mug 2 clean", "nothing"), "You arrive at drawer 2. On the drawer 2, you see a mug 1."
+    seen = mapper.update(empty, "go to drawer 2", shown)
+    assert "\ncountertop 1: mug 1, plate 1\n" in seen and "\ndrawer 2: mug 1\n" in seen
+    taken = mapper.update(seen, "take mug 1 from drawer 2", "You pick up the mug 1 from the drawer 2.")
     hot = mapper.update(taken, "heat mug 1 with microwave 1", "You heat the mug 1 using the microwave 1.")
     assert "\ncountertop 1: mug 1 hot, plate 1\n" in hot and "\nhold: mug 1 hot\n" in hot
 
@@ -210,12 +214,14 @@ def test_focus_and_excerpt():
     assert mapper.excerpt(mapper.fail(STATE, "look"), "look") == "fail"
 
 
-@pytest.mark.parametrize("text", ["?", "closed ?", "open, nothing", "nothing", "?, mug 1 hot", "closed, mug 1 clean hot"])
+@pytest.mark.parametrize(
+    "text", ["?", "closed ?", "open, nothing", "nothing", "?, mug 1 hot", "closed, mug 1 clean hot"]
+)
 def test_receptacles_are_read_as_they_are_written(text):
     assert parse_receptacle(text).text() == text
 
 
-@pytest.mark.parametrize("line", ["", "mug", "drawer 9: +mug 1", "countertop 1: -mug 9", "at drawer", "hold:"])
+@pytest.mark.parametrize("line", ["", "mug", "drawer 9: +mug 1", "countertop 1: -mug 9", "hold:"])
 def test_changes_that_make_no_sense(line):
     with pytest.raises(ValueError, match="household delta"):
         apply_change(parse_state(STATE), line)

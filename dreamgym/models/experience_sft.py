@@ -5,23 +5,21 @@
 # %% ../../nbs/models/23_experience_sft.ipynb #97d4f97c
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ..core.config import ReasoningModelConfig
 from ..core.data_structures import Experience, Task
+from ..core.errors import DataError
 from ..core.language_model import LanguageModel, PromptEncoder, make_rows, trunk
-from .reasoning_model import Query, ReasoningExperienceModel, render_target
-
-log = logging.getLogger(__name__)
+from .reasoning_model import ExperiencePrompts, Query, render_target
 
 # %% auto #0
-__all__ = ['log', 'training_queries', 'encode_examples', 'learning_rate', 'train_on_examples', 'example_loss', 'endless_batches']
+__all__ = ['training_queries', 'encode_examples', 'endless_batches', 'learning_rate', 'example_loss', 'adamw',
+           'train_on_examples']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
 def training_queries(
@@ -38,10 +36,10 @@ def training_queries(
         before.append((e.state, e.action))
     return queries
 
-
+# %% ../../nbs/models/23_experience_sft.ipynb #3a44797b
 def encode_examples(
     experiences: Sequence[Experience],
-    model: ReasoningExperienceModel,  # its prompt, retrieval and mapper; its weights are not used
+    model: ExperiencePrompts,  # its prompt, retrieval and mapper; there need not be weights
     tokenizer: Any,
     without_demos: Sequence[bool] = (),  # rows whose prompt shows no demonstration
     batch: int = 256,  # queries per retrieval
@@ -53,7 +51,25 @@ def encode_examples(
         prompts += model.prompts(queries[start : start + batch], without_demos[start : start + batch])
     targets = [render_target(e, model.mapper, model.config.reasoning) for e in experiences]
     encoded = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
-    return list(zip(PromptEncoder(tokenizer)(prompts), [[*ids, tokenizer.eos_token_id] for ids in encoded], strict=True))
+    ends = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    return list(zip(PromptEncoder(tokenizer)(prompts), ends, strict=True))
+
+# %% ../../nbs/models/23_experience_sft.ipynb #e68498c8
+def endless_batches(
+    lengths: Sequence[int],  # tokens of each row
+    size: int,  # rows of a batch
+    seed: int,
+) -> Iterator[list[int]]:
+    """Yields lists of row indices for ever: every row once per pass. Raises DataError if there are no rows."""
+    if not lengths:
+        raise DataError("expected rows to train on, got none; load or record offline experience first")
+    random = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(lengths), generator=random).tolist()
+        pools = [sorted(order[i : i + 32 * size], key=lambda r: lengths[r]) for i in range(0, len(order), 32 * size)]
+        cuts = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+        for i in torch.randperm(len(cuts), generator=random).tolist():
+            yield cuts[i]
 
 # %% ../../nbs/models/23_experience_sft.ipynb #703c6f24
 def learning_rate(
@@ -71,23 +87,43 @@ def learning_rate(
     return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
 
 # %% ../../nbs/models/23_experience_sft.ipynb #dcf7b299
+def example_loss(
+    model: Any,  # causal language model
+    examples: Sequence[tuple[list[int], list[int]]],  # prompt ids, target ids
+) -> torch.Tensor:  # scalar, nats per target token
+    """Mean cross-entropy of the target tokens of a batch."""
+    rows = make_rows([p for p, _ in examples], [t for _, t in examples], model.device)
+    hidden, head = trunk(model, rows.ids)
+    at = rows.action_mask[:, 1:]
+    return F.cross_entropy(head(hidden[:, :-1][at]).float(), rows.ids[:, 1:][at])
+
+# %% ../../nbs/models/23_experience_sft.ipynb #c427537e
+def adamw(
+    model: Any,
+    lr: float,
+    weight_decay: float,  # of matrices; vectors have none
+) -> torch.optim.AdamW:
+    """AdamW with the decay on matrices only."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+# %% ../../nbs/models/23_experience_sft.ipynb #ff507e22
 def train_on_examples(
-    language_model: LanguageModel,
-    examples: Sequence[tuple[list[int], list[int]]],
+    language_model: LanguageModel,  # trained in place
+    examples: Sequence[tuple[list[int], list[int]]],  # prompt ids, target ids
     steps: int,
     batch_size: int = 32,
     lr: float = 3e-3,
-    lr_end: float = 0.05,
+    lr_end: float = 0.05,  # share of `lr` left at the last step
     weight_decay: float = 0.01,
-    seed: int = 0,
+    seed: int = 0,  # of the order of rows
     on_step: Callable[[int, float], None] | None = None,  # told the step and its loss
 ) -> list[float]:  # loss of every step, nats per target token
     """Minimises -log P(target | prompt) over target tokens, the end token included."""
     model = language_model.model.train()
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    optimizer = adamw(model, lr, weight_decay)
     batches = endless_batches([len(p) + len(t) for p, t in examples], batch_size, seed)
     losses = []
     for step in range(steps):
@@ -104,29 +140,3 @@ def train_on_examples(
             on_step(step, losses[-1])
     model.eval()
     return losses
-
-
-def example_loss(
-    model: Any,
-    examples: Sequence[tuple[list[int], list[int]]],
-) -> torch.Tensor:  # scalar, nats per target token
-    """Mean cross-entropy of the target tokens of a batch."""
-    rows = make_rows([p for p, _ in examples], [t for _, t in examples], model.device)
-    hidden, head = trunk(model, rows.ids)
-    at = rows.action_mask[:, 1:]
-    return F.cross_entropy(head(hidden[:, :-1][at]).float(), rows.ids[:, 1:][at])
-
-# %% ../../nbs/models/23_experience_sft.ipynb #d9a8454b
-def endless_batches(
-    lengths: Sequence[int],
-    size: int,
-    seed: int,
-):
-    """Yields lists of row indices for ever: every row once per pass, rows of similar length together."""
-    random = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(lengths), generator=random).tolist()
-        pools = [sorted(order[i : i + 32 * size], key=lambda r: lengths[r]) for i in range(0, len(order), 32 * size)]
-        cuts = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
-        for i in torch.randperm(len(cuts), generator=random).tolist():
-            yield cuts[i]

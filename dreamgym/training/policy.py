@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, trunk
@@ -21,7 +20,11 @@ __all__ = ['TurnCodec', 'TokenScores', 'Policy']
 class TurnCodec:
     """Text of a state ↔ token ids of one turn."""
 
-    def __init__(self, tokenizer: Any, system: str = ""):
+    def __init__(
+        self,
+        tokenizer: Any,
+        system: str = "",  # system message; empty: none
+    ):
         self.tokenizer, self._encode = tokenizer, PromptEncoder(tokenizer, system)
 
     def prompts(
@@ -46,7 +49,7 @@ class TurnCodec:
         """Response ids of a demonstration; used for cloning only."""
         return [*self.tokenizer.encode(action, add_special_tokens=False), self.tokenizer.eos_token_id]
 
-# %% ../../nbs/training/30_policy.ipynb #83c5aebb
+# %% ../../nbs/training/30_policy.ipynb #72d4a90c
 @dataclass(frozen=True)
 class TokenScores:
     """What a policy says of N agent tokens, in row order."""
@@ -55,7 +58,7 @@ class TokenScores:
     values: Tensor  # (N,)
     entropies: Tensor  # (N,)
 
-
+# %% ../../nbs/training/30_policy.ipynb #83c5aebb
 class Policy(nn.Module):
     """Language model and value head on one trunk."""
 
@@ -63,7 +66,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer = language_model.model, language_model.tokenizer
         self.value = nn.Linear(self.model.config.hidden_size, 1)
-        nn.init.zeros_(self.value.weight), nn.init.zeros_(self.value.bias)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
         self.codec = TurnCodec(self.tokenizer)
 
     @property

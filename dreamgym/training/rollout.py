@@ -14,7 +14,7 @@ from ..environments.base_env import BatchEnv
 from .policy import TurnCodec
 
 # %% auto #0
-__all__ = ['RolloutConfig', 'rollout', 'rollout_metrics']
+__all__ = ['RolloutConfig', 'played_turn', 'rollout', 'rollout_metrics']
 
 # %% ../../nbs/training/31_rollout.ipynb #382da192
 @dataclass(frozen=True)
@@ -29,35 +29,42 @@ class RolloutConfig:
     progress: str = ""  # label of a progress bar; empty: none
 
 # %% ../../nbs/training/31_rollout.ipynb #1ee957e8
+def played_turn(
+    state: str,  # before the action
+    prompt: Sequence[int],
+    reply: Generation,
+    action: str,  # as parsed from the reply
+    result: StepResult,
+    penalty: float = 0.0,  # of an action that had no effect
+) -> Turn:
+    """The record of one turn."""
+    valid = not result.info.get("action_error")
+    return Turn(
+        prompt_ids=prompt,
+        response_ids=reply.ids,
+        logprobs=reply.logprobs,
+        reward=result.reward,
+        state=state,
+        response=action,
+        action=action,
+        valid=valid,
+        penalty=0.0 if valid else penalty,
+        stop_reason=reply.stop_reason,
+        info={key: result.info[key] for key in ("reasoning", "malformed") if result.info.get(key)},
+    )
+
+# %% ../../nbs/training/31_rollout.ipynb #3bff10ea
 @dataclass
 class _Running:
+    """One running episode."""
+
     task: Task
     group: int
     state: str
     turns: list[Turn] = field(default_factory=list)
 
-    def add(self, prompt: Sequence[int], reply: Generation, action: str, result: StepResult, penalty: float) -> None:
-        valid = not result.info.get("action_error")
-        info = {key: result.info[key] for key in ("reasoning", "malformed") if result.info.get(key)}
-        self.turns.append(
-            Turn(
-                prompt_ids=prompt,
-                response_ids=reply.ids,
-                logprobs=reply.logprobs,
-                reward=result.reward,
-                state=self.state,
-                response=action,
-                action=action,
-                valid=valid,
-                penalty=0.0 if valid else penalty,
-                stop_reason=reply.stop_reason,
-                info=info,
-            )
-        )
-        self.state = result.state
-
     def finish(self, result: StepResult, source: str, version: int, codec: TurnCodec) -> Trajectory:
-        final = codec.prompts([result.state])[0] if result.truncated else ()
+        """The trajectory that ends with a result."""
         return Trajectory(
             turns=self.turns,
             task=self.task,
@@ -69,8 +76,66 @@ class _Running:
             success=result.success,
             aborted=result.aborted,
             final_state=result.state,
-            final_prompt_ids=final,
+            final_prompt_ids=codec.prompts([result.state])[0] if result.truncated else (),
         )
+
+# %% ../../nbs/training/31_rollout.ipynb #a8d14188
+class _Board:
+    """Where each task's episode stands."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self.waiting = list(enumerate(tasks))[::-1]  # the next one is last
+        self.running: dict[int, tuple[int, _Running]] = {}  # slot -> position of the task, episode
+        self.done: list[Trajectory | None] = [None] * len(tasks)
+        self.groups = {task.id: i for i, task in reversed(list(enumerate(tasks)))}
+        self.ended = 0
+
+    def end(self, index: int, trajectory: Trajectory) -> None:
+        """Notes the trajectory of the task at a position."""
+        self.done[index] = trajectory
+        self.ended += 1
+
+# %% ../../nbs/training/31_rollout.ipynb #988c854a
+def _fill(board: _Board, env: BatchEnv, config: RolloutConfig, codec: TurnCodec) -> None:
+    """Starts waiting tasks in free slots."""
+    free = [slot for slot in range(config.slots) if slot not in board.running][: len(board.waiting)]
+    chosen = [board.waiting.pop() for _ in free]
+    if not chosen:
+        return
+    results = env.reset(free, [task for _, task in chosen], [task.seed for _, task in chosen])
+    for slot, (index, task), result in zip(free, chosen, results, strict=True):
+        episode = _Running(task, board.groups[task.id], result.state)
+        if result.done:
+            board.end(index, episode.finish(result, config.source, 0, codec))
+        else:
+            board.running[slot] = (index, episode)
+
+# %% ../../nbs/training/31_rollout.ipynb #7553ab85
+def _play(
+    board: _Board,
+    generator: Generator,
+    env: BatchEnv,
+    codec: TurnCodec,
+    config: RolloutConfig,
+    seed: int | None,
+) -> None:
+    """One turn of every running episode."""
+    slots = sorted(board.running)
+    if not slots:  # every reset of this round has failed
+        return
+    prompts = codec.prompts([board.running[slot][1].state for slot in slots])
+    sampling = SamplingParams(config.max_new_tokens, config.temperature, seed)
+    replies = generator.generate(prompts, sampling)
+    actions = [codec.action(reply.ids) for reply in replies]
+    results = env.step(slots, actions)
+    for slot, prompt, reply, action, result in zip(slots, prompts, replies, actions, results, strict=True):
+        index, episode = board.running[slot]
+        penalty = config.invalid_action_penalty
+        episode.turns.append(played_turn(episode.state, prompt, reply, action, result, penalty))
+        episode.state = result.state
+        if result.done:
+            board.end(index, episode.finish(result, config.source, reply.version, codec))
+            del board.running[slot]
 
 # %% ../../nbs/training/31_rollout.ipynb #10439cf4
 def rollout(
@@ -79,61 +144,23 @@ def rollout(
     tasks: Sequence[Task],  # one episode each; repeat a task for a group
     codec: TurnCodec,
     config: RolloutConfig = RolloutConfig(),
-    seed: int | None = None,  # None: the global torch generator
+    seed: int | None = None,  # of the first round, counted up from there; None: the global torch generator
     on_step: Callable[[int], None] | None = None,  # told the number of episodes that have ended
 ) -> list[Trajectory]:  # one per task, in order
     """Rolls out the policy behind `generator` on every task."""
-    waiting = list(enumerate(tasks))[::-1]
-    running: dict[int, tuple[int, _Running]] = {}
-    done: list[Trajectory | None] = [None] * len(tasks)
-    groups = {task.id: i for i, task in reversed(list(enumerate(tasks)))}
-    turn = finished = 0
-    with _progress(config.progress, len(tasks)) as bar:
-        while waiting or running:
-            finished += _fill(env, range(config.slots), waiting, running, done, groups, config, codec)
-            slots = sorted(running)
-            prompts = codec.prompts([running[slot][1].state for slot in slots]) if slots else []
-            sampling = SamplingParams(config.max_new_tokens, config.temperature, None if seed is None else seed + turn)
-            replies = generator.generate(prompts, sampling) if slots else []
-            actions = [codec.action(reply.ids) for reply in replies]
-            results = env.step(slots, actions) if slots else []
-            for slot, prompt, reply, action, result in zip(slots, prompts, replies, actions, results, strict=True):
-                index, episode = running[slot]
-                episode.add(prompt, reply, action, result, config.invalid_action_penalty)
-                if result.done:
-                    done[index] = episode.finish(result, config.source, reply.version, codec)
-                    del running[slot]
-                    finished += 1
-            turn += 1
-            bar.update(finished - bar.n)
-            if on_step:
-                on_step(finished)
-    return [trajectory for trajectory in done if trajectory is not None]
-
-# %% ../../nbs/training/31_rollout.ipynb #d25ffc1b
-def _fill(env, slots, waiting, running, done, groups, config: RolloutConfig, codec: TurnCodec) -> int:
-    """Starts waiting tasks in free slots; returns how many failed at once."""
-    free = [slot for slot in slots if slot not in running][: len(waiting)]
-    chosen = [waiting.pop() for _ in free]
-    if not chosen:
-        return 0
-    failed = 0
-    results = env.reset(free, [task for _, task in chosen], [task.seed for _, task in chosen])
-    for slot, (index, task), result in zip(free, chosen, results, strict=True):
-        episode = _Running(task, groups[task.id], result.state)
-        if result.done:
-            done[index] = episode.finish(result, config.source, 0, codec)
-            failed += 1
-        else:
-            running[slot] = (index, episode)
-    return failed
-
-
-def _progress(label: str, total: int):
-    """A progress bar, silent without a label."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=label, disable=not label, leave=False, unit="episode")
+    board, turn = _Board(tasks), 0
+    label = config.progress
+    with tqdm(total=len(tasks), desc=label, disable=not label, leave=False, unit="episode") as bar:
+        while board.waiting or board.running:
+            _fill(board, env, config, codec)
+            _play(board, generator, env, codec, config, None if seed is None else seed + turn)
+            turn += 1
+            bar.update(board.ended - bar.n)
+            if on_step:
+                on_step(board.ended)
+    return [trajectory for trajectory in board.done if trajectory is not None]
 
 # %% ../../nbs/training/31_rollout.ipynb #88e6bb08
 def rollout_metrics(

@@ -405,6 +405,10 @@ class HouseholdMapper:
         """The part of a state that an action touches; the replay buffer compares states by it."""
         return focus(state, action)
 
+    def silent(self, state: str, action: str) -> bool:
+        """Whether the outcome depends on a place that was never seen inside."""
+        return action.startswith(("go to ", "open ")) and "?" in focus(state, action)
+
     def excerpt(self, next_state: str, action: str) -> str:
         return excerpt(next_state, action)
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'SYSTEM', 'Query', 'render_target', 'split_target', 'parse_target', 'render_demo', 'render_prompt',
-           'ExperiencePrompts', 'read_prediction', 'ReasoningExperienceModel']
+           'ExperiencePrompts', 'read_prediction', 'asks_memory', 'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
 @dataclass(frozen=True, slots=True)
@@ -139,11 +139,15 @@ class ExperiencePrompts:
         queries: Sequence[Query],
     ) -> list[list[Experience]]:  # at most top_k for each query
         """Retrieved experiences, most similar first; keyed by state and action, not by task."""
-        top_k = self.buffer_config.top_k
+        top_k, found = self.buffer_config.top_k, [list[Experience]() for _ in queries]
         if self.buffer is None or not top_k or not len(self.buffer):
-            return [[] for _ in queries]
+            return found
+        open_ = [i for i, query in enumerate(queries) if asks_memory(self.mapper, query)]
         first_look = self.buffer_config.same_world and self.buffer_config.same_action
-        return self.buffer.lookup(queries, top_k) if first_look else self.buffer.retrieve(queries, top_k)
+        retrieve = self.buffer.lookup if first_look else self.buffer.retrieve
+        for i, demos in zip(open_, retrieve([queries[i] for i in open_], top_k) if open_ else [], strict=True):
+            found[i] = demos
+        return found
 
     def prompts(
         self,
@@ -174,6 +178,15 @@ def read_prediction(
         after = mapper.merge(query.state, f"fail {query.action}")
         return Experience(query.state, query.action, 0.0, after, False, valid=False, error=str(error), **origin)
     return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin)
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #e56fee76
+def asks_memory(
+    mapper: StateMapper,
+    query: Query,
+) -> bool:  # True where the mapper cannot tell
+    """Whether demonstrations can add to what the state says."""
+    silent = getattr(mapper, "silent", None)
+    return silent(query.state, query.action) if silent else True
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #df6585d0
 SYSTEM = ""  # a trained model needs none; prompted models get theirs with the client

@@ -490,7 +490,7 @@ class ArmLoop:
             row["dream/gap_n"] = len(dreamt)
             if row["dream/gap"] > training.gap_limit:
                 log.warning("the dream is %.2f more successful than reality (limit %.2f)", row["dream/gap"], training.gap_limit)
-            if self.ready.env.verify:
+            if self.ready.env.verify and sum(t.aborted is None for t in trajectories[:128]) > 1:
                 hazard = on_policy(trajectories[:128], self.ready.env.verify).hazard
                 row |= {"dream/hazard": hazard.value, "dream/hazard_se": hazard.se, "dream/hazard_steps": hazard.steps}
 

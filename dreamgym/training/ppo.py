@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..core.data_structures import Trajectory
+from ..core.language_model import make_rows
 from .advantages import pad_episodes, two_level_gae, whiten
-from .policy import Policy, make_rows
+from .policy import Policy
 
 # %% auto #0
-__all__ = ['policy_loss', 'value_loss', 'kl_k3', 'TurnBatch', 'score_turns', 'make_batch', 'bootstrap_values', 'ppo_update',
-           'minibatch_loss', 'minibatches', 'explained']
+__all__ = ['policy_loss', 'value_loss', 'kl_k3', 'TurnBatch', 'score_turns', 'by_episode', 'bootstrap_values', 'make_batch',
+           'minibatches', 'drift_metrics', 'minibatch_loss', 'take_step', 'explained', 'ppo_update']
 
 # %% ../../nbs/training/33_ppo.ipynb #3b8191d7
 def policy_loss(
@@ -61,11 +62,10 @@ class TurnBatch:
     prompts: list[Sequence[int]]  # one per turn
     responses: list[Sequence[int]]
     old_logprobs: list[Tensor]  # (L,) per turn
-    advantages: list[Tensor]
+    advantages: list[Tensor]  # (L,) per turn, as all below
     targets: list[Tensor]
     old_values: list[Tensor]
-    ref_logprobs: list[Tensor] | None
-    invalid_tokens: int = 0
+    ref_logprobs: list[Tensor] | None  # None: no KL term
 
 # %% ../../nbs/training/33_ppo.ipynb #d7e1d332
 @torch.no_grad()
@@ -89,7 +89,29 @@ def score_turns(
             logprobs[i], values[i] = lp.cpu(), v.cpu()
     return logprobs, values
 
-# %% ../../nbs/training/33_ppo.ipynb #161a035c
+# %% ../../nbs/training/33_ppo.ipynb #2082839c
+def by_episode(
+    column: Sequence[Sequence[float]],  # one list per turn
+    cuts: Sequence[int],  # turns of each episode
+) -> list[list[float]]:
+    """Joins per-turn lists into one list for each episode."""
+    turns = iter(column)
+    return [[float(x) for _ in range(cut) for x in next(turns)] for cut in cuts]
+
+# %% ../../nbs/training/33_ppo.ipynb #36564849
+@torch.no_grad()
+def bootstrap_values(
+    trajectories: Sequence[Trajectory],
+    policy: Policy,
+) -> Tensor:  # (B,) V after the last turn; 0 where the episode terminated
+    """Value of where a truncated episode stopped."""
+    values = torch.zeros(len(trajectories))
+    cut = [i for i, t in enumerate(trajectories) if t.truncated and not t.terminated]
+    if cut:
+        values[cut] = policy.values_at_end([trajectories[i].final_prompt_ids for i in cut]).cpu()
+    return values
+
+# %% ../../nbs/training/33_ppo.ipynb #69faeb1b
 def make_batch(
     trajectories: Sequence[Trajectory],  # aborted ones are left out by the caller
     policy: Policy,
@@ -104,10 +126,10 @@ def make_batch(
     _, values = score_turns(policy, prompts, responses, temperature)
     ref = score_turns(reference, prompts, responses, temperature)[0] if reference else None
     rewards = [[0.0] * (len(t.response_ids) - 1) + [t.reward - t.penalty] for t in turns]
-    ends = [[False] * (len(t.response_ids) - 1) + [True] for t in turns]
+    ends = [[0.0] * (len(t.response_ids) - 1) + [1.0] for t in turns]
     cuts = [len(trajectory.turns) for trajectory in trajectories]
-    flat = [pad_episodes(_by_episode(column, cuts)) for column in (rewards, values, ends)]
-    (reward, mask), (value, _), (end, _) = flat
+    columns = (rewards, [v.tolist() for v in values], ends)
+    (reward, mask), (value, _), (end, _) = (pad_episodes(by_episode(column, cuts)) for column in columns)
     bootstrap = bootstrap_values(trajectories, policy)
     advantages = two_level_gae(reward, value, end.bool(), mask, bootstrap, gamma, gae_lambda)
     lengths = [len(r) for r in responses]
@@ -116,26 +138,91 @@ def make_batch(
     white = whiten(advantages[mask]).split(lengths)
     return TurnBatch(prompts, responses, old, list(white), list(targets), values, ref)
 
+# %% ../../nbs/training/33_ppo.ipynb #f46bb165
+def minibatches(
+    lengths: Sequence[int],  # tokens of each row
+    size: int,  # rows of one minibatch
+) -> list[list[int]]:  # row indices; together every row once
+    """Random minibatches of rows of similar length: shuffle, sort within large pools, cut, shuffle the cuts."""
+    order = torch.randperm(len(lengths)).tolist()
+    pool = size * 8
+    cuts = []
+    for start in range(0, len(order), pool):
+        part = sorted(order[start : start + pool], key=lambda i: lengths[i])
+        cuts += [part[i : i + size] for i in range(0, len(part), size)]
+    return [cuts[i] for i in torch.randperm(len(cuts)).tolist()]
 
-def _by_episode(column: Sequence[Sequence[float]], cuts: Sequence[int]) -> list[list[float]]:
-    """Joins per-turn lists into one list for each episode."""
-    turns = iter(column)
-    return [[float(x) for _ in range(cut) for x in next(turns)] for cut in cuts]
+# %% ../../nbs/training/33_ppo.ipynb #b48dca4b
+def drift_metrics(
+    log_ratio: Tensor,  # (N,) log of current over behaviour probability
+    clip: float,  # epsilon
+) -> dict[str, float]:
+    """KL between behaviour and current policy, and the share of clipped tokens."""
+    change = log_ratio.exp() - 1
+    return {
+        "policy/kl_old": (change - log_ratio).mean().item(),
+        "policy/clip_fraction": (change.abs() > clip).float().mean().item(),
+    }
 
-
-@torch.no_grad()
-def bootstrap_values(
-    trajectories: Sequence[Trajectory],
+# %% ../../nbs/training/33_ppo.ipynb #d27af7de
+def minibatch_loss(
     policy: Policy,
-) -> Tensor:  # (B,) V after the last turn; 0 where the episode terminated
-    """Value of where a truncated episode stopped."""
-    values = torch.zeros(len(trajectories))
-    cut = [i for i, t in enumerate(trajectories) if t.truncated and not t.terminated]
-    if cut:
-        values[cut] = policy.values_at_end([trajectories[i].final_prompt_ids for i in cut]).cpu()
-    return values
+    batch: TurnBatch,
+    chosen: Sequence[int],  # turns of the minibatch
+    clip: float,
+    value_clip: float,
+    value_coef: float,
+    kl_coef: float,
+    entropy_coef: float,
+    temperature: float,
+    values_only: bool,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one minibatch of turns, and its metrics."""
+    device = policy.value.weight.device
+    rows = make_rows([batch.prompts[i] for i in chosen], [batch.responses[i] for i in chosen], device)
+    scores = policy(rows, temperature)
 
-# %% ../../nbs/training/33_ppo.ipynb #2082839c
+    def gather(column: Sequence[Tensor]) -> Tensor:
+        return torch.cat([column[i] for i in chosen]).to(device)
+
+    old, advantages = gather(batch.old_logprobs), gather(batch.advantages)
+    value = value_loss(scores.values, gather(batch.old_values), gather(batch.targets), value_clip).mean()
+    kl = kl_k3(scores.logprobs, gather(batch.ref_logprobs)).mean() if batch.ref_logprobs else value.new_zeros(())
+    surrogate = policy_loss(scores.logprobs, old, advantages, clip).mean()
+    entropy = scores.entropies.mean()
+    loss = value_coef * value
+    if not values_only:
+        loss = loss + surrogate + kl_coef * kl - entropy_coef * entropy
+    metrics = {"policy/loss": surrogate.item(), "policy/kl_ref": kl.item()}
+    metrics |= drift_metrics((scores.logprobs - old).detach(), clip)
+    return loss, metrics | {"policy/entropy": entropy.item(), "value/loss": value.item()}
+
+# %% ../../nbs/training/33_ppo.ipynb #7012d84f
+def take_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    max_grad_norm: float = 1.0,
+    values_only: bool = False,  # the trunk is shared: only the head may move
+) -> float:  # norm of the gradient before clipping; not finite: the step was skipped
+    """One optimiser step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if values_only:
+        policy.model.zero_grad(set_to_none=True)
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm
+
+# %% ../../nbs/training/33_ppo.ipynb #1d07edd9
+def explained(batch: TurnBatch) -> float:
+    """Explained variance of the value targets."""
+    targets, values = torch.cat(batch.targets), torch.cat([v.cpu() for v in batch.old_values])
+    variance = targets.var()
+    return float(1 - (targets - values).var() / variance) if variance > 1e-8 else 0.0
+
+# %% ../../nbs/training/33_ppo.ipynb #a12e3aab
 def ppo_update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -154,77 +241,20 @@ def ppo_update(
 ) -> dict[str, float]:  # means over minibatches, keys 'policy/…' and 'value/…'
     """One PPO update. Returns its metrics."""
     totals: dict[str, float] = {}
+    weights = (clip, value_clip, value_coef, kl_coef, entropy_coef, temperature, values_only)
     steps = skipped = 0
     for _ in range(epochs):
         for chosen in minibatches([len(p) for p in batch.prompts], minibatch):
-            loss, metrics = minibatch_loss(
-                policy, batch, chosen, clip, value_clip, value_coef, kl_coef, entropy_coef, temperature, values_only
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if values_only:  # the trunk is shared: only the head may move
-                policy.model.zero_grad(set_to_none=True)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+            loss, metrics = minibatch_loss(policy, batch, chosen, *weights)
+            norm = take_step(policy, optimizer, loss, max_grad_norm, values_only)
             if not math.isfinite(norm):
                 skipped += 1
                 continue
-            optimizer.step()
             steps += 1
-            metrics["policy/grad_norm"] = float(norm)
+            metrics["policy/grad_norm"] = norm
             totals = {key: totals.get(key, 0.0) + value for key, value in metrics.items()}
         if steps and totals["policy/kl_old"] / steps > kl_stop:
             break
     means = {key: value / max(steps, 1) for key, value in totals.items()}
-    return means | {"policy/updates": steps, "policy/skipped_updates": skipped, "value/explained_variance": explained(batch)}
-
-# %% ../../nbs/training/33_ppo.ipynb #2b97f8f0
-def minibatch_loss(
-    policy, batch: TurnBatch, chosen, clip, value_clip, value_coef, kl_coef, entropy_coef, temperature, values_only
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one minibatch of turns, and its metrics."""
-    device = policy.value.weight.device
-    rows = make_rows([batch.prompts[i] for i in chosen], [batch.responses[i] for i in chosen], device)
-    scores = policy(rows, temperature)
-
-    def gather(column: Sequence[Tensor]) -> Tensor:
-        return torch.cat([column[i] for i in chosen]).to(device)
-
-    old, advantages = gather(batch.old_logprobs), gather(batch.advantages)
-    value = value_loss(scores.values, gather(batch.old_values), gather(batch.targets), value_clip).mean()
-    kl = kl_k3(scores.logprobs, gather(batch.ref_logprobs)).mean() if batch.ref_logprobs else value.new_zeros(())
-    surrogate = policy_loss(scores.logprobs, old, advantages, clip).mean()
-    entropy = scores.entropies.mean()
-    loss = value_coef * value
-    if not values_only:
-        loss = loss + surrogate + kl_coef * kl - entropy_coef * entropy
-    log_ratio = (scores.logprobs - old).detach()
-    metrics = {
-        "policy/loss": surrogate.item(),
-        "policy/kl_ref": kl.item(),
-        "policy/kl_old": (log_ratio.exp() - 1 - log_ratio).mean().item(),
-        "policy/clip_fraction": ((log_ratio.exp() - 1).abs() > clip).float().mean().item(),
-        "policy/entropy": entropy.item(),
-        "value/loss": value.item(),
-    }
-    return loss, metrics
-
-# %% ../../nbs/training/33_ppo.ipynb #36564849
-def minibatches(
-    lengths: Sequence[int],  # tokens of each row
-    size: int,  # rows of one minibatch
-) -> list[list[int]]:  # row indices; together every row once
-    """Random minibatches of rows of similar length: shuffle, sort within large pools, cut, shuffle the cuts."""
-    order = torch.randperm(len(lengths)).tolist()
-    pool = size * 8
-    cuts = []
-    for start in range(0, len(order), pool):
-        part = sorted(order[start : start + pool], key=lambda i: lengths[i])
-        cuts += [part[i : i + size] for i in range(0, len(part), size)]
-    return [cuts[i] for i in torch.randperm(len(cuts)).tolist()]
-
-
-def explained(batch: TurnBatch) -> float:  # 1: perfect critic, 0: no better than the mean
-    """Explained variance of the value targets."""
-    targets, values = torch.cat(batch.targets), torch.cat([v.cpu() for v in batch.old_values])
-    variance = targets.var()
-    return float(1 - (targets - values).var() / variance) if variance > 1e-8 else 0.0
+    counts = {"policy/updates": steps, "policy/skipped_updates": skipped}
+    return means | counts | {"value/explained_variance": explained(batch)}

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..core.data_structures import Experience, StepResult, Task, Trajectory, from_row, to_row
 from ..core.errors import DataError, EnvironmentFailure
@@ -48,7 +49,8 @@ def record(
             f"environment {env.name!r} has no expert; record 'random' behaviour or bring demonstrations"
         )
     batch, recorder = env.make(slots), _Recorder(env, behaviour, seed)
-    waiting, running, episodes = list(tasks)[::-1], {}, []
+    waiting, episodes = list(tasks)[::-1], list[list[Experience]]()
+    running: dict[int, Any] = {}
     while waiting or running:
         free = [slot for slot in range(slots) if slot not in running][: len(waiting)]
         chosen = [waiting.pop() for _ in free]

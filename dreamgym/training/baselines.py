@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +16,10 @@ from ..core.data_structures import Experience, Trajectory
 from ..models.experience_sft import endless_batches, example_loss, learning_rate
 from .policy import Policy
 
-log = logging.getLogger(__name__)
-
 # %% auto #0
-__all__ = ['log', 'demonstrations', 'CloningReport', 'clone', 'supervised_step', 'validation_loss', 'rft_update']
+__all__ = ['demonstrations', 'supervised_step', 'validation_loss', 'CloningReport', 'clone', 'rft_update']
 
-# %% ../../nbs/training/35_baselines.ipynb #86a78812
+# %% ../../nbs/training/35_baselines.ipynb #366b912d
 def demonstrations(
     experiences: Sequence[Experience],
     policy: Policy,
@@ -32,7 +29,38 @@ def demonstrations(
     responses = [policy.codec.response(e.action) for e in rows]
     return list(zip(policy.codec.prompts([e.state for e in rows]), responses, strict=True)) if rows else []
 
+# %% ../../nbs/training/35_baselines.ipynb #e8cd192c
+def supervised_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> float:  # nats per token
+    """One step of maximum likelihood on (prompt, response) rows. A loss that is not finite changes nothing."""
+    loss = example_loss(policy.model, [(list(p), list(r)) for p, r in examples])
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    if torch.isfinite(norm):
+        optimizer.step()
+    return loss.item()
 
+# %% ../../nbs/training/35_baselines.ipynb #7d5da960
+@torch.no_grad()
+def validation_loss(
+    policy: Policy,
+    examples: Sequence[tuple[list[int], list[int]]],
+    rows: int = 128,  # rows per forward pass
+) -> float:  # nats per token; infinite without examples
+    """Mean loss over held-out rows."""
+    if not examples:
+        return float("inf")
+    ordered = sorted(examples, key=lambda e: len(e[0]))
+    parts = [ordered[i : i + rows] for i in range(0, len(ordered), rows)]
+    weights = [sum(len(r) for _, r in part) for part in parts]
+    losses = [example_loss(policy.model, part).item() for part in parts]
+    return sum(w * v for w, v in zip(weights, losses, strict=True)) / sum(weights)
+
+# %% ../../nbs/training/35_baselines.ipynb #2dfdf2d1
 @dataclass(frozen=True, slots=True)
 class CloningReport:
     """What cloning did."""
@@ -72,37 +100,6 @@ def clone(
     policy.load_state_dict(kept)
     policy.eval()
     return CloningReport(len(train), losses, losses.index(best) if losses else 0)
-
-# %% ../../nbs/training/35_baselines.ipynb #7100130b
-def supervised_step(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> float:  # nats per token
-    """One step of maximum likelihood on (prompt, response) rows. A loss that is not finite changes nothing."""
-    loss = example_loss(policy.model, [(list(p), list(r)) for p, r in examples])
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-    if torch.isfinite(norm):
-        optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def validation_loss(
-    policy: Policy,
-    examples: Sequence[tuple[list[int], list[int]]],
-    rows: int = 128,  # rows per forward pass
-) -> float:  # nats per token; infinite without examples
-    """Mean loss over held-out rows."""
-    if not examples:
-        return float("inf")
-    ordered = sorted(examples, key=lambda e: len(e[0]))
-    parts = [ordered[i : i + rows] for i in range(0, len(ordered), rows)]
-    weights = [sum(len(r) for _, r in part) for part in parts]
-    losses = [example_loss(policy.model, part).item() for part in parts]
-    return sum(w * v for w, v in zip(weights, losses, strict=True)) / sum(weights)
 
 # %% ../../nbs/training/35_baselines.ipynb #cb037c26
 def rft_update(

@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..core.config import load_config
 from ..core.errors import DreamGymError
@@ -50,7 +49,8 @@ def evaluate(
 ) -> dict:  # success, low, high, n, by_type, where it comes from
     """Success of a checkpoint on a split of the real environment."""
     from dreamgym.environments.base_env import make_environment
-    from dreamgym.training.trainer import evaluate_policy, load_policy
+    from dreamgym.training.checkpoints import load_policy
+    from dreamgym.training.trainer import evaluate_policy
     from dreamgym.utils.tracking import write_json
 
     config = load_config(arguments.config, arguments.env, None, list(arguments.set))

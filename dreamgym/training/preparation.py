@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError
-from dreamgym.core.language_model import (
-    LanguageModel,
-    TransformersGenerator,
-    build_model,
-    load_language_model,
-    train_tokenizer,
-)
+from ..core import language_model as lm
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, load_experiences, record
 from ..models.experience_sft import encode_examples, train_on_examples
-from ..models.reasoning_model import ReasoningExperienceModel, render_target
+from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from .baselines import CloningReport, clone, demonstrations
 from .policy import Policy
@@ -49,7 +44,7 @@ def training_tasks(
     """One task for each training world."""
     return list(env.tasks("train")[: config.environment.num_train_worlds])
 
-
+# %% ../../nbs/training/35a_preparation.ipynb #ca8729e0
 def record_offline(
     env: Environment,
     tasks: Sequence[Task],
@@ -66,7 +61,7 @@ def record_offline(
             on_behaviour(behaviour, sum(map(len, episodes)))
     return rows
 
-
+# %% ../../nbs/training/35a_preparation.ipynb #f00c3d17
 def offline_data(
     env: Environment,
     config: Config,
@@ -104,23 +99,28 @@ def environment_texts(
         texts |= {e.state, e.action, e.next_state, e.reasoning, env.mapper.diff(e.state, e.next_state)}
     return texts
 
-
+# %% ../../nbs/training/35a_preparation.ipynb #028898f8
 def make_language_model(
     section: PolicyModelConfig | ReasoningModelConfig,
     texts: Iterable[str],  # of the environment; used for models from scratch only
     seed: int,
     device: str = "cpu",
-) -> LanguageModel:
+) -> lm.LanguageModel:
     """The language model that a section of the config describes."""
     if section.name != "scratch":
-        return load_language_model(section.name, device=device)
+        return lm.load_language_model(section.name, device=device)
     entities = "merged" if section.architecture == "SmallLM" else "split"
-    tokenizer = train_tokenizer(texts, entities)
-    model = build_model(
-        tokenizer, section.architecture, section.d_model, section.layers, section.heads, seed,
+    tokenizer = lm.train_tokenizer(texts, entities)
+    model: Any = lm.build_model(
+        tokenizer,
+        section.architecture,
+        section.d_model,
+        section.layers,
+        section.heads,
+        seed,
         initializer_range=section.initializer_range,
     )
-    return LanguageModel(model.to(device), tokenizer)
+    return lm.LanguageModel(model.to(device), tokenizer)
 
 # %% ../../nbs/training/35a_preparation.ipynb #22477d4d
 def clone_policy(
@@ -136,7 +136,7 @@ def clone_policy(
     validation = demonstrations([row for row in rows if row.task_id in held], policy)
     return clone(policy, train, validation, config.policy_model, config.training.seed, on_epoch)
 
-
+# %% ../../nbs/training/35a_preparation.ipynb #315631b3
 def demonstration_rows(
     experiences: Sequence[Experience],
     episodes: int,  # half of them expert, half noisy
@@ -160,7 +160,7 @@ def cloned_rollouts(
     """Real episodes of the cloned policy, sampled at temperature 1."""
     slots = min(128, len(tasks))
     settings = RolloutConfig(slots, config.policy_model.max_new_tokens)
-    generator = TransformersGenerator(policy.language_model)
+    generator = lm.TransformersGenerator(policy.language_model)
     batch = env.make(slots)
     played = rollout(generator, batch, tasks, policy.codec, settings, seed=config.training.seed)
     batch.close()
@@ -168,7 +168,7 @@ def cloned_rollouts(
 
 # %% ../../nbs/training/35a_preparation.ipynb #2cb9dd66
 def experience_model(
-    language_model: LanguageModel,
+    language_model: lm.LanguageModel,
     buffer: ExperienceReplayBuffer,
     env: Environment,
     config: Config,
@@ -177,10 +177,10 @@ def experience_model(
     client = GeneratorClient(language_model)
     return ReasoningExperienceModel(config.reasoning_model, client, buffer, env.mapper, config.buffer)
 
-
+# %% ../../nbs/training/35a_preparation.ipynb #734cad56
 def train_experience_model(
     model: ReasoningExperienceModel,  # the weights behind its client are trained
-    language_model: LanguageModel,
+    language_model: lm.LanguageModel,
     experiences: Sequence[Experience],
     config: Config,
     on_step: Callable[[int, float], None] | None = None,

@@ -83,7 +83,7 @@ def publish(
     target: Path,  # such as data/checkpoints
 ) -> Path | None:  # the manifest's copy
     """Copies the newest whole checkpoint."""
-    from dreamgym.training.trainer import newest_checkpoint
+    from dreamgym.training.checkpoints import newest_checkpoint
 
     found = newest_checkpoint(source)
     if found is None:
@@ -94,7 +94,7 @@ def publish(
     shutil.copytree(manifest.parent / facts["folder"], target / facts["folder"])
     return Path(shutil.copy2(manifest, target / manifest.name))
 
-
+# %% ../../nbs/training/38_train.ipynb #2ba758c4
 def train(
     arguments: TrainArguments,
 ) -> Path:  # the run's folder
@@ -118,7 +118,17 @@ def start_arm(
     arm: str,  # 'real'
 ) -> subprocess.Popen:  # the caller waits for it
     """Trains another arm of a run in a process of its own; its output goes to `<arm>.log` in the run's folder."""
-    command = [sys.executable, "-m", "dreamgym.training.train", "--resume", str(folder), "--mode", arm, "--checkpoints", ""]
+    command = [
+        sys.executable,
+        "-m",
+        "dreamgym.training.train",
+        "--resume",
+        str(folder),
+        "--mode",
+        arm,
+        "--checkpoints",
+        "",
+    ]
     with open(Path(folder) / f"{arm}.log", "w", encoding="utf-8") as output:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 

@@ -14,7 +14,7 @@ import time
 import torch
 
 from dreamgym.core.config import load_config
-from dreamgym.core.language_model import build_model, train_tokenizer, LanguageModel
+from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import make_environment
 from dreamgym.environments.household_rules import is_determined
 from dreamgym.environments.offline import Behaviour, record

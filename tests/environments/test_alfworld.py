@@ -23,8 +23,9 @@ from dreamgym.environments.alfworld import (
     official_tasks,
     split_ids,
 )
-from dreamgym.environments.base_env import check_env
+from dreamgym.environments.base_env import TranscriptMapper, check_env
 from dreamgym.environments.household_games import HELP_TEXT, TASK_TYPES, generate_game, problem_text
+from dreamgym.environments.household_state import VARIANTS
 
 
 def config(**changes):
@@ -250,6 +251,35 @@ def test_a_broken_game_or_engine_never_ends_its_siblings(folder):
     failed, alive = env.step([0, 1], ["look", "look"])
     assert "engine died" in failed.aborted and not failed.terminated and not failed.truncated
     assert alive.aborted is None and alive.observation.startswith("You are in the middle")
+
+
+@pytest.mark.parametrize("size", ["small", "full", "official"])
+def test_rules_annotate_and_verify_every_kind_of_game(size, folder):
+    """`build` binds the rules to the games' kind; what they may not know differs."""
+    env = build(config(mapper=True, data_dir=str(folder)) if size == "official" else config(mapper=True, size=size))
+    assert env.mapper.variant == VARIANTS[size]
+    split = "train_all" if size == "official" else "train"
+    batch, count = env.make(1), 0
+    for task in env.tasks(split)[:3]:
+        before = batch.reset([0], [task])[0]
+        while not before.done:
+            action = env.expert(batch, 0)
+            after = batch.step([0], [action])[0]
+            assert env.verify(before.state, action, after.state, after.reward, after.terminated) == []
+            assert env.annotate(before.state, action, after.state).endswith(("ok", "fail", "done", "not yet"))
+            before, count = after, count + 1
+    assert before.success and count > 5
+    assert env.verify(before.state, "fly", before.state, 0.0, False) == ["accepted an impossible action"]
+
+
+def test_raw_observations_are_a_transcript_without_rules():
+    env = build(config())
+    assert isinstance(env.mapper, TranscriptMapper) and env.annotate is None and env.verify is None
+    batch = env.make(1)
+    first = batch.reset([0], env.tasks("train")[:1])[0]
+    second = batch.step([0], ["look"])[0]
+    assert second.state == first.state + "\nlook = " + " ".join(second.observation.split())
+    assert second.admissible_actions == batch.engine(0).admissible_commands()
 
 
 def test_mapper_is_shared_by_reset_and_step():

@@ -20,7 +20,8 @@ EXPORT = re.compile(r"^#\|\s*exports?i?\b")
 TORCH_ROOMS = {
     "core.language_model",
     "models.experience_sft",
-    *(f"training.{name}" for name in ("policy", "rollout", "advantages", "ppo", "baselines", "trainer")),
+    *(f"training.{name}" for name in ("policy", "rollout", "advantages", "ppo", "baselines")),
+    *(f"training.{name}" for name in ("preparation", "checkpoints", "trainer")),
     *(f"training.{name}" for name in ("train", "evaluate")),
 }
 PINS = ("nbdev==2.4.14", "execnb==0.1.18", "fastcore==1.14.5", "ghapi==1.1.1")

@@ -17,7 +17,7 @@ __all__ = ['VARIANTS', 'PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Variant',
            'entity_order', 'parse_receptacle', 'items', 'in_order', 'HouseState', 'parse_state', 'place_of', 'together',
            'note_near', 'with_property', 'known_items', 'touch', 'show', 'mark', 'transfer', 'read_observation',
            'HouseholdMapper', 'first_state', 'next_state', 'failed_state', 'receptacle_changes', 'state_delta',
-           'apply_delta', 'apply_change', 'state_facts', 'possible_actions', 'focus', 'excerpt']
+           'apply_delta', 'apply_change', 'state_facts', 'possible_actions', 'focus']
 
 # %% ../../nbs/environments/11b_household_state.ipynb #60093780
 @dataclass(frozen=True, slots=True)
@@ -382,7 +382,6 @@ class HouseholdMapper:
         return next_state(state, action, observation, self.variant)
 
     def fail(self, state: str, action: str) -> str:
-        """The state after an action that had no effect."""
         return failed_state(state, action, self.variant)
 
     def diff(self, state: str, next_state: str) -> str:
@@ -394,23 +393,17 @@ class HouseholdMapper:
         return apply_delta(state, delta, self.variant)
 
     def facts(self, state: str) -> frozenset[str]:
-        """Everything that the state says, one fact a string."""
         return state_facts(state)
 
     def admissible_actions(self, state: str) -> list[str]:
-        """Actions that what is known does not rule out, sorted."""
         return possible_actions(parse_state(state), self.variant)
 
     def focus(self, state: str, action: str) -> str:
-        """The part of a state that an action touches; the replay buffer compares states by it."""
         return focus(state, action)
 
     def silent(self, state: str, action: str) -> bool:
         """Whether the outcome depends on a place that was never seen inside."""
         return action.startswith(("go to ", "open ")) and "?" in focus(state, action)
-
-    def excerpt(self, next_state: str, action: str) -> str:
-        return excerpt(next_state, action)
 
 # %% ../../nbs/environments/11b_household_state.ipynb #44d7c0c0
 def first_state(
@@ -621,13 +614,3 @@ def focus(
     if not action.startswith(("go to", "open", "close")):
         keep.insert(0, lines[2])
     return "\n".join(keep)
-
-
-def excerpt(
-    next_state: str,
-    action: str,
-) -> str:  # a few lines of the state after the action
-    """What an action led to, in short: 'fail', or the lines that it concerns. Shown in demonstrations."""
-    if next_state.rpartition("\n")[2].startswith("last: fail"):
-        return "fail"
-    return focus(next_state, action) or "ok"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from ..core.errors import CheckpointError
 from ..core.language_model import load_language_model
-from .policy import Policy
 from ..utils.tracking import write_json
+from .policy import Policy
 
 log = logging.getLogger(__name__)
 

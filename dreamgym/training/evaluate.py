@@ -46,6 +46,7 @@ class EvaluateArguments:
 # %% ../../nbs/training/39_evaluate.ipynb #68bd0c6d
 def evaluate(
     arguments: EvaluateArguments,
+    progress: str = "",  # label of a progress bar; empty: none
 ) -> dict:  # success, low, high, n, by_type, where it comes from
     """Success of a checkpoint on a split of the real environment."""
     from dreamgym.environments.base_env import make_environment
@@ -59,7 +60,7 @@ def evaluate(
     split = arguments.split or config.environment.eval_split
     tasks = env.tasks(split)[: arguments.num_episodes or config.training.eval_episodes]
     asked, default = arguments.temperature, config.training.eval_temperature
-    found = evaluate_policy(policy, env, tasks, default if asked is None else asked, arguments.seed, "evaluating")
+    found = evaluate_policy(policy, env, tasks, default if asked is None else asked, arguments.seed, progress)
     origin = {"environment": env.name, "split": split, "info": env.info, "checkpoint": arguments.checkpoint}
     row = origin | found.row() | {"seed": arguments.seed}
     if arguments.output:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # exit status: 0 done, 2 a 
     arguments = tyro.cli(EvaluateArguments, args=argv, prog="python -m dreamgym.training.evaluate")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        print(json.dumps(evaluate(arguments), indent=2))
+        print(json.dumps(evaluate(arguments, "evaluating"), indent=2))
     except DreamGymError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

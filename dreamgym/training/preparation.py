@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..core import language_model as lm
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError
-from ..core import language_model as lm
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, load_experiences, record
@@ -67,7 +67,7 @@ def offline_data(
     config: Config,
     tasks: Sequence[Task],
 ) -> list[Experience]:
-    """Recorded now (`auto`), or read from the user's files. Raises ConfigError for null: synthetic only is not built yet."""
+    """Recorded now (`auto`), or read from the user's files. Raises ConfigError for null (synthetic only)."""
     where = config.environment.offline_data
     if where is None:
         raise ConfigError(

@@ -253,9 +253,10 @@ def attention_bias(
     Tensor | None, Tensor | None
 ]:  # (B, 1, T, seen + T) bool, (B, T, 1) 0/1 of new real tokens; None: not needed
     """Causal mask joined with padding. All-real batches need none."""
-    if attention_mask is None or bool(attention_mask.all()):
+    whole = attention_mask is None or bool(attention_mask.all())
+    if whole and (seen == 0 or T == 1):
         return None, None
-    real = attention_mask.bool()
+    real = torch.ones(1, seen + T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     mask = real[:, None, None, :].expand(-1, 1, T, -1)
     if T > 1:
         causal = torch.ones(T, seen + T, dtype=torch.bool, device=real.device).tril(seen)
@@ -468,14 +469,21 @@ class PromptEncoder:
             [*messages, {"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
         )
         self._before, self._after = rendered.split(mark)
+        self._control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
 
     def __call__(
         self,
         texts: Sequence[str],  # (B,)
     ) -> list[list[int]]:  # B prompts
         """Prompt ids of each text."""
-        rendered = [self._before + text + self._after for text in texts]
+        rendered = [self._before + self._harmless(text) + self._after for text in texts]
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    def _harmless(self, text: str) -> str:
+        """Control tokens in an environment's text are spelt out, so that they stay text."""
+        for token in self._control:
+            text = text.replace(token, " ".join(token)) if token in text else text
+        return text
 
 # %% ../../nbs/core/03_language_model.ipynb #01c29329
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def render_target(
     change = mapper.diff(experience.state, experience.next_state)
     change = "fail" if change.startswith("fail ") else change
     end = " end" if experience.terminated else ""
-    lines = [experience.reasoning] if reasoning and experience.reasoning else []
+    lines = [experience.reasoning or "no reasoning"] if reasoning else []
     return "\n".join([*lines, change, f"reward {int(experience.reward > 0)}{end}"])
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #539cb205

@@ -93,7 +93,7 @@ def clone(
         losses.append(validation_loss(policy, validation))
         if on_epoch:
             on_epoch(epoch, losses[-1])
-        if losses[-1] < best:
+        if losses[-1] < best or not validation:  # nothing held out: the last epoch is kept
             best, kept = losses[-1], copy.deepcopy(policy.state_dict())
         elif epoch - losses.index(best) > config.bc_patience:
             break

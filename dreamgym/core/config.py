@@ -185,7 +185,7 @@ class TrainingConfig(Section):
     out_dir: str = Field("runs", description="folder of runs, relative to the project's root [ours]")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:1' [ours]")
     threads: int = Field(1, gt=0, description="torch threads on a CPU [ours]")
-    use_tensorboard: bool = Field(True, description="write event files to logs/ [ours]")
+    use_tensorboard: bool = Field(True, description="write event files to logs/<run>/<arm> [ours]")
     use_wandb: bool = Field(False, description="report to Weights & Biases (extra wandb) [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #88204b92

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..core.config import Config, config_hash, save_config
+from ..core.config import Config, config_hash, project_path, save_config
 from ..core.data_structures import Task, Trajectory, episode_row
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, ConfigError
 from ..core.language_model import TransformersGenerator, load_language_model
 from ..environments.base_env import Environment, make_environment
 from ..environments.dream_env import DreamEnv
@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'Evaluation', 'evaluate_policy', 'dreamable', 'Prepared', 'read_prepared', 'make_prepared',
-           'make_experience_model', 'RunningLoss', 'DreamGymTrainer', 'device_of', 'claim_folder', 'describe',
-           'ArmLoop', 'start_arm_loop', 'load_arm', 'continue_dream', 'run_iteration', 'sample_tasks', 'collect',
-           'update_policy', 'validate', 'measure_dream', 'write_iteration', 'best_policy']
+           'make_experience_model', 'RunningLoss', 'DreamGymTrainer', 'refuse_unbuilt', 'device_of', 'claim_folder',
+           'describe', 'ArmLoop', 'start_arm_loop', 'load_arm', 'continue_dream', 'run_iteration', 'sample_tasks',
+           'collect', 'update_policy', 'validate', 'measure_dream', 'write_iteration', 'best_policy']
 
 # %% ../../nbs/training/37_trainer.ipynb #34cbffa3
 @dataclass(frozen=True)
@@ -218,6 +218,7 @@ class DreamGymTrainer:
     ):
         self.config, self.folder, self.say = config, Path(folder), progress
         torch.set_num_threads(config.training.threads)
+        refuse_unbuilt(config)
         self.device = device_of(config.training.device)
         self.env = make_environment(config.environment.name, config.environment)
         claim_folder(self.folder, config, self.env)
@@ -237,7 +238,8 @@ class DreamGymTrainer:
         on_iteration: Callable[[dict[str, Any]], None] | None = None,  # told each row of metrics
     ) -> Policy:  # the policy of the best iteration on real validation games
         """Trains one arm, or continues it from its newest checkpoint."""
-        with RunDir(self.folder / arm) as run:
+        events = project_path("logs") / self.folder.name / arm if self.config.training.use_tensorboard else None
+        with RunDir(self.folder / arm, events) as run:
             loop = start_arm_loop(self.config, ready, arm, self.device, run)
             while loop.iteration < loop.last:
                 row = run_iteration(loop)
@@ -245,6 +247,22 @@ class DreamGymTrainer:
                 if on_iteration:
                     on_iteration(row)
         return best_policy(loop)
+
+# %% ../../nbs/training/37_trainer.ipynb #827e1982
+def refuse_unbuilt(
+    config: Config,
+) -> None:
+    """Raises ConfigError for settings of parts that are not built yet."""
+    curriculum, training = config.curriculum, config.training
+    asked = {
+        "curriculum.difficulty_increment": curriculum.difficulty_increment,
+        "curriculum.synthetic_fraction_max": curriculum.synthetic_fraction_max,
+        "training.use_wandb": training.use_wandb,
+        "reasoning_model.annotation: llm": config.reasoning_model.annotation == "llm",
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(f"{name} is not built yet; leave it at its default")
 
 # %% ../../nbs/training/37_trainer.ipynb #a7e8b50b
 def device_of(
@@ -375,11 +393,12 @@ def run_iteration(
     start, number = time.monotonic(), loop.iteration + 1
     seed = loop.config.training.seed * 100_003 + number
     torch.manual_seed(seed)
-    where = loop.where
-    trajectories = collect(loop, where, sample_tasks(loop, seed))
+    where, tasks = loop.where, sample_tasks(loop, seed)
+    dreamt = round(loop.config.buffer.synthetic_ratio * len(tasks)) if where == "dream" else 0
+    trajectories = collect(loop, "dream", tasks[:dreamt]) + collect(loop, "real", tasks[dreamt:])
     rolled = time.monotonic()
     metrics = rollout_metrics(trajectories)
-    loop.real_transitions += int(metrics["transitions"]) if where == "real" else 0
+    loop.real_transitions += sum(len(t.turns) for t in trajectories[dreamt:])
     row: dict[str, Any] = {"iteration": number, "rollout/source": where, "rollout/n": metrics["episodes"]}
     row |= {f"rollout/{key}": value for key, value in metrics.items()}
     row |= update_policy(loop, trajectories, seed) | {"rollout/real_transitions": loop.real_transitions}
@@ -388,8 +407,8 @@ def run_iteration(
     every = loop.config.training.eval_every
     if number == loop.last or (every and number % every == 0):
         validate(loop, row)
-        if where == "dream":
-            measure_dream(loop, row, trajectories)
+        if dreamt:
+            measure_dream(loop, row, trajectories[:dreamt])
     row["time/iteration"] = time.monotonic() - start
     write_iteration(loop, row, trajectories)
     return row
@@ -412,6 +431,8 @@ def collect(
     tasks: Sequence[Task],
 ) -> list[Trajectory]:
     """Episodes of the current policy at the training temperature."""
+    if not tasks:
+        return []
     rl, slots = loop.config.rl, min(128, len(tasks))
     env: Any = loop.ready.env.make(slots) if where == "real" else None
     if where == "dream":

@@ -22,6 +22,7 @@ TINY = {
     "training.validation_episodes": 3,
     "training.gap_episodes": 3,
     "reasoning_model.train_steps": 8,
+    "training.use_tensorboard": False,
 }
 
 
@@ -143,3 +144,15 @@ def test_truncated_archive(tmp_path):
     with pytest.raises(DreamGymError, match="games.tar.xz") as caught:
         trainer(tmp_path / "run", environment__data_dir=str(tmp_path / "games.tar.xz"))
     assert isinstance(caught.value, DataError) and not (tmp_path / "run").exists()
+
+
+def test_synthetic_ratio_mixes_real_episodes_into_the_dream(tmp_path):
+    t = trainer(tmp_path, buffer__synthetic_ratio=0.5)
+    with RunDir(tmp_path / "dream") as run:
+        row = run_iteration(start_arm_loop(t.config, t.prepare(), "dream", "cpu", run))
+    assert 0 < row["rollout/real_transitions"] < row["rollout/transitions"]
+
+
+def test_what_is_not_built_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not built yet"):
+        trainer(tmp_path, curriculum__synthetic_fraction_max=0.5)

@@ -50,7 +50,9 @@ def main() -> None:
     buffer.add_many(data)
     games = record(env, env.tasks("seen")[: arguments.games], Behaviour("noisy", 0.3), seed=1)
     steps_real = [e for episode in games for e in episode]
-    print(f"{len(data)} transitions to train on, {len(steps_real)} to test on, {arguments.cpu_seconds:g} CPU-seconds each")
+    print(
+        f"{len(data)} transitions to train on, {len(steps_real)} to test on, {arguments.cpu_seconds:g} CPU-seconds each"
+    )
     print("family   lr      params  steps  loss    exact  determined  violating  reward P/R")
     for family in arguments.families:
         tokenizer = train_tokenizer(environment_texts(data, env), "merged" if family == "SmallLM" else "split")

@@ -197,7 +197,9 @@ def test_missing_and_empty_places(tmp_path, monkeypatch):
         monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / place))
         with pytest.raises(DataError, match="ALFWORLD_DATA"):
             find_games()
-    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "home" / ".cache" / "alfworld"))  # as the alfworld package sets it
+    monkeypatch.setenv(
+        "ALFWORLD_DATA", str(tmp_path / "home" / ".cache" / "alfworld")
+    )  # as the alfworld package sets it
     assert find_games() is None
 
 

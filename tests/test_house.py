@@ -19,6 +19,7 @@ MODULES = sorted(p for p in (ROOT / "dreamgym").rglob("*.py") if p.name not in (
 EXPORT = re.compile(r"^#\|\s*exports?i?\b")
 TORCH_ROOMS = {
     "core.language_model",
+    "core.generators",
     "models.experience_sft",
     *(f"training.{name}" for name in ("policy", "rollout", "advantages", "ppo", "baselines")),
     *(f"training.{name}" for name in ("preparation", "checkpoints", "trainer")),

@@ -63,7 +63,7 @@ class GeneratorClient:
         chunk: int = 128,  # prompts per forward pass
         seed: int | None = None,  # None: torch's global generator
     ):
-        from dreamgym.core.language_model import TransformersGenerator
+        from dreamgym.core.generators import TransformersGenerator
 
         self.generator = TransformersGenerator(language_model, chunk)
         self.tokenizer, self.seed, self.calls = language_model.tokenizer, seed, 0
@@ -81,7 +81,8 @@ class GeneratorClient:
         return [reply for reply in replies if reply is not None]
 
     def _batch(self, texts: Sequence[str], system: str, budget: int, temperature: float) -> list[Reply]:
-        from dreamgym.core.language_model import PromptEncoder, SamplingParams
+        from dreamgym.core.generators import SamplingParams
+        from dreamgym.core.language_model import PromptEncoder
 
         self.calls += 1
         seed = None if self.seed is None else self.seed + self.calls

@@ -16,6 +16,7 @@ from ..core import language_model as lm
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError
+from ..core.generators import TransformersGenerator
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, load_experiences, record
@@ -160,7 +161,7 @@ def cloned_rollouts(
     """Real episodes of the cloned policy, sampled at temperature 1."""
     slots = min(128, len(tasks))
     settings = RolloutConfig(slots, config.policy_model.max_new_tokens)
-    generator = lm.TransformersGenerator(policy.language_model)
+    generator = TransformersGenerator(policy.language_model)
     batch = env.make(slots)
     played = rollout(generator, batch, tasks, policy.codec, settings, seed=config.training.seed)
     batch.close()

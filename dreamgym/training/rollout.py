@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..core.data_structures import StepResult, Task, Trajectory, Turn
-from ..core.language_model import Generation, Generator, SamplingParams
+from ..core.generators import Generation, Generator, SamplingParams
 from ..environments.base_env import BatchEnv
 from .policy import TurnCodec
 

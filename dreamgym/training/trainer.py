@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from ..core.config import Config, config_hash, project_path, save_config
 from ..core.data_structures import Task, Trajectory, episode_row
 from ..core.errors import CheckpointError, ConfigError
-from ..core.language_model import TransformersGenerator, load_language_model
+from ..core.generators import TransformersGenerator
+from ..core.language_model import load_language_model
 from ..environments.base_env import Environment, make_environment
 from ..environments.dream_env import DreamEnv
 from ..models.reasoning_model import ReasoningExperienceModel

@@ -12,7 +12,7 @@ import argparse
 import tempfile
 
 from dreamgym.core.config import load_config
-from dreamgym.core.language_model import TransformersGenerator
+from dreamgym.core.generators import TransformersGenerator
 from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.training.fidelity import on_policy
 from dreamgym.training.rollout import RolloutConfig, rollout

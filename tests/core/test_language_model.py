@@ -7,15 +7,13 @@ import torch
 
 from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.errors import DataError
+from dreamgym.core.generators import SamplingParams, TransformersGenerator, sample_token
 from dreamgym.core.language_model import (
     LanguageModel,
     PromptEncoder,
-    SamplingParams,
-    TransformersGenerator,
     build_model,
     load_language_model,
     make_rows,
-    sample_token,
     train_tokenizer,
     trunk,
 )

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from dreamgym.core.data_structures import Task, Trajectory, Turn
+from dreamgym.core.generators import SamplingParams, TransformersGenerator
 from dreamgym.core.language_model import (
     LanguageModel,
-    SamplingParams,
-    TransformersGenerator,
     build_model,
     train_tokenizer,
 )

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from dreamgym.core.data_structures import StepResult, Task
+from dreamgym.core.generators import Generation, TransformersGenerator
 from dreamgym.core.language_model import (
-    Generation,
     LanguageModel,
-    TransformersGenerator,
     build_model,
     train_tokenizer,
 )

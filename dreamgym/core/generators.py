@@ -5,18 +5,33 @@
 # %% ../../nbs/core/03a_generators.ipynb #ba35278a
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .language_model import LanguageModel, SmallCache, SmallLMForCausalLM
+from .errors import ConfigError, DreamGymError, MissingExtra
+from .language_model import BufferedCache, LanguageModel
 
 # %% auto #0
-__all__ = ['SamplingParams', 'Generation', 'Generator', 'sample_token', 'left_padded', 'decode', 'TransformersGenerator']
+__all__ = ['GOLDEN', 'SamplingParams', 'Generation', 'Generator', 'require_generator', 'derive_seed', 'row_seeds', 'scramble',
+           'uniforms', 'sample_token', 'left_padded', 'empty_cache', 'pack', 'join', 'read_texts', 'decode',
+           'evaluating', 'generate_afresh', 'generate_on', 'TransformersGenerator', 'ServerError', 'request_json',
+           'call_server', 'completion_request', 'parse_completion', 'check_server', 'weights_folder',
+           'VLLMServerGenerator', 'VLLMGenerator', 'vllm_generation']
 
 # %% ../../nbs/core/03a_generators.ipynb #bb0a6fbc
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class SamplingParams:
 
     max_new_tokens: int = 32
     temperature: float = 1.0  # 0: greedy
-    seed: int | None = None  # None: the global torch generator
+    seed: int | Sequence[int] | None = None  # one for the call, or one for each prompt; None: torch's global generator
     stop_ids: tuple[int, ...] = ()  # besides the tokenizer's and the generation config's end tokens
 
 # %% ../../nbs/core/03a_generators.ipynb #efaa174c
@@ -42,77 +57,169 @@ class Generation:
 class Generator(Protocol):
     """Token-level generation back end."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, sessions: Sequence[Hashable] | None = None
+    ) -> list[Generation]:
         """One response for each prompt, in order."""
 
     def sync(self, model: Any, version: int) -> None:
-        """Takes the trainer's weights and the version that they carry."""
+        """Takes the trainer's weights and the version that they carry; forgets what older weights have read."""
 
 # %% ../../nbs/core/03a_generators.ipynb #444ebd48
+def require_generator(
+    generator: Any,
+) -> Generator:  # the same
+    """Raises ConfigError if this is no token-level generator."""
+    if not callable(getattr(generator, "generate", None)):
+        raise ConfigError(
+            f"a policy needs token ids and log-probabilities: expected a Generator (TransformersGenerator, "
+            f"VLLMServerGenerator, VLLMGenerator), got {type(generator).__name__}, which only completes text; "
+            "text-level clients serve the experience model"
+        )
+    return generator
+
+# %% ../../nbs/core/03a_generators.ipynb #5bd377fa
+def derive_seed(
+    *parts: int,  # such as seed, episode, turn
+) -> int:  # 0 <= seed < 2^63
+    """A seed of its own for each combination of integers."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+# %% ../../nbs/core/03a_generators.ipynb #cb637dd6
+def row_seeds(
+    seed: int | Sequence[int] | None,  # as in `SamplingParams`
+    count: int,  # B
+) -> list[int]:  # B seeds
+    """One seed for each prompt of a call."""
+    if seed is None:
+        return torch.randint(2**62, (count,)).tolist()
+    if isinstance(seed, int):
+        return [derive_seed(seed, row) for row in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"expected one seed for each of {count} prompts, got {len(seed)}")
+    return list(seed)
+
+# %% ../../nbs/core/03a_generators.ipynb #d416ab02
+GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64, the step of splitmix64
+
+
+def scramble(
+    x: Tensor,  # int64
+) -> Tensor:  # int64
+    """The output function of splitmix64."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+# %% ../../nbs/core/03a_generators.ipynb #aef64cfc
+def uniforms(
+    seeds: Sequence[int],  # B seeds
+    count: int,  # N numbers of each
+    device: str | torch.device = "cpu",
+) -> Tensor:  # (B, N) float64, 0 < u < 1
+    """Random numbers that depend on their seed and their position only."""
+    start = scramble(torch.tensor(seeds, dtype=torch.int64, device=device) + GOLDEN)
+    steps = torch.arange(1, count + 1, device=device) * GOLDEN
+    return (((scramble(start[:, None] + steps) >> 12) & (2**52 - 1)).double() + 0.5) / 2**52
+
+# %% ../../nbs/core/03a_generators.ipynb #3dd13f1f
 def sample_token(
     logits: Tensor,  # (B, V)
     temperature: float,  # 0: greedy
-    random: torch.Generator | None = None,
+    uniform: Tensor,  # (B,) random numbers between 0 and 1; greedy sampling needs none
 ) -> tuple[Tensor, Tensor]:  # token (B,), its log-probability (B,)
     """Draws from softmax(logits / temperature)."""
     logprobs = F.log_softmax(logits.float() / (temperature or 1.0), -1)
     if temperature == 0:
         token = logprobs.argmax(-1)
     else:
-        noise = torch.empty_like(logprobs).exponential_(generator=random)
-        token = (logprobs - noise.log()).argmax(-1)
+        cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:])[:, 0]
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
-# %% ../../nbs/core/03a_generators.ipynb #5bd377fa
+# %% ../../nbs/core/03a_generators.ipynb #ac3584f5
 def left_padded(
     prompts: Sequence[Sequence[int]],  # B prompts
     device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor, Tensor]:  # ids (B, T), mask (B, T) True on real tokens, lengths (B,)
+) -> tuple[Tensor, Tensor]:  # ids (B, T), mask (B, T) True on real tokens
     """One batch of prompts for generation."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.arange(width, device=device)[None] >= (width - lengths)[:, None]
-    return ids, mask, lengths
+    return ids, torch.arange(width, device=device)[None] >= (width - lengths)[:, None]
 
 # %% ../../nbs/core/03a_generators.ipynb #a481c061
+def empty_cache(
+    model: Any,
+) -> BufferedCache | None:  # None: the model brings its own, and conversations are read anew each turn
+    """A cache that can be carried from turn to turn, if every layer of the model allows it."""
+    layers = DynamicCache(config=model.config).layers
+    return BufferedCache(len(layers)) if layers and all(type(layer) is DynamicLayer for layer in layers) else None
+
+# %% ../../nbs/core/03a_generators.ipynb #681f9566
 class _DecodeState:
-    """A batch in the middle of its responses; `logits` (B, V) are those of the next token."""
+    """Rows in the middle of their texts; `logits` (B, V) are those of the next token."""
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor, lengths: Tensor, budget: int):
-        self.model, self.mask, self.lengths = model, mask, lengths
-        small = isinstance(model, SmallLMForCausalLM)
-        self.cache: Any = SmallCache(ids.shape[1] + budget) if small else None
-        self._forward(ids, (mask.long().cumsum(1) - 1).clamp(min=0))
+    def __init__(self, model: Any, rows: int):
+        self.model, device = model, model.device
+        self.cache: Any = empty_cache(model)
+        self.mask = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # (B, W) True on real columns
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,) real tokens so far
+        self.logits: Any = None
 
-    def _forward(self, ids: Tensor, position_ids: Tensor) -> None:
+    def read(self, ids: Tensor, mask: Tensor) -> None:  # (B, T), (B, T) True on real tokens
+        """Reads T more columns."""
+        positions = (self.lengths[:, None] + mask.long().cumsum(1) - 1).clamp(min=0)
+        self.mask, self.lengths = torch.cat([self.mask, mask], 1), self.lengths + mask.sum(1)
         output = self.model(
             input_ids=ids,
             attention_mask=self.mask,
-            position_ids=position_ids,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
         self.logits, self.cache = output.logits[:, -1], output.past_key_values
 
-    def advance(self, token: Tensor) -> None:  # token: (B,)
-        """Reads one more token per row."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], 1)
-        self._forward(token[:, None], self.lengths[:, None])
-        self.lengths = self.lengths + 1
-
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows of the batch."""
-        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
-        if isinstance(self.cache, SmallCache):
+        self.mask, self.lengths, self.logits = self.mask[rows], self.lengths[rows], self.logits[rows]
+        if isinstance(self.cache, BufferedCache):
             self.cache.select(rows)
         else:
             self.cache.reorder_cache(rows)
 
-# %% ../../nbs/core/03a_generators.ipynb #681f9566
+# %% ../../nbs/core/03a_generators.ipynb #41354f46
+def pack(state: _DecodeState) -> None:
+    """Squeezes out the holes between tokens; only padding on the left is left."""
+    columns = state.mask.int().argsort(dim=1, stable=True)[:, -int(state.lengths.max()) :]
+    state.mask = state.mask.gather(1, columns)
+    state.cache.pack(columns)
+
+
+def join(state: _DecodeState, other: _DecodeState) -> None:
+    """Appends the rows of another batch."""
+    width = max(state.mask.shape[1], other.mask.shape[1])
+    state.mask = torch.cat([F.pad(s.mask, (width - s.mask.shape[1], 0)) for s in (state, other)])
+    state.lengths = torch.cat([state.lengths, other.lengths])
+    state.logits = torch.cat([state.logits, other.logits])
+    state.cache.join(other.cache)
+
+
+def read_texts(
+    model: Any,
+    texts: Sequence[Sequence[int]],  # B texts, or what comes next in those of `state`
+    state: _DecodeState | None = None,  # None: nothing was read so far
+) -> _DecodeState:
+    """The state after reading."""
+    state = state or _DecodeState(model, len(texts))
+    state.read(*left_padded(texts, model.device))
+    return state
+
+# %% ../../nbs/core/03a_generators.ipynb #87bd2a6b
 def _collect(
-    tokens: list[list[int]],  # B rows, -1 after a row was dropped
+    tokens: list[list[int]],  # B rows; what follows an end token means nothing
     logprobs: list[list[float]],
     ends: set[int],  # end tokens
 ) -> list[Generation]:
@@ -126,64 +233,353 @@ def _collect(
 
 # %% ../../nbs/core/03a_generators.ipynb #d22ccd6a
 def decode(
-    model: Any,
-    prompts: Sequence[Sequence[int]],  # B prompts
+    state: _DecodeState,  # B prompts, read
+    seeds: Sequence[int],  # B
     sampling: SamplingParams,
     end_ids: Sequence[int],  # that end a response
-    random: torch.Generator | None = None,
+    keep: bool = False,  # the state will be carried on
 ) -> list[Generation]:  # B, in order
-    """Samples one chunk of responses."""
-    ids, mask, lengths = left_padded(prompts, model.device)
-    ends = torch.tensor([*end_ids, *sampling.stop_ids], device=ids.device)
-    rows, tokens, logprobs = torch.arange(len(prompts), device=ids.device), [], []
-    state = _DecodeState(model, ids, mask, lengths, sampling.max_new_tokens)
-    for _ in range(sampling.max_new_tokens):
-        token, logprob = sample_token(state.logits, sampling.temperature, random)
-        tokens.append(torch.full((len(prompts),), -1, device=ids.device).index_copy(0, rows, token))
-        logprobs.append(logprob.new_zeros(len(prompts)).index_copy(0, rows, logprob))
-        going = ~torch.isin(token, ends)
-        if not going.any():
+    """Samples one response per row."""
+    device, count = state.mask.device, sampling.max_new_tokens
+    ends = torch.tensor([*end_ids, *sampling.stop_ids], device=device)
+    uniform = uniforms(seeds, count, device)
+    rows, alive = torch.arange(len(seeds), device=device), torch.ones(len(seeds), dtype=torch.bool, device=device)
+    tokens = torch.full((len(seeds), count), -1, device=device)
+    logprobs = torch.zeros(len(seeds), count, device=device)
+    for t in range(count):
+        token, tokens_logprob = sample_token(state.logits, sampling.temperature, uniform[rows, t])
+        tokens[rows, t], logprobs[rows, t] = token, tokens_logprob
+        alive = alive & ~torch.isin(token, ends)
+        if t + 1 == count or not alive.any():
             break
-        if going.float().mean() <= 0.5:  # rows that ended are only dropped when it pays
-            keep = going.nonzero()[:, 0]
-            state.select(keep)
-            rows, token = rows[keep], token[keep]
-        state.advance(token)
-    return _collect(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), set(ends.tolist()))
+        if not keep and alive.float().mean() <= 0.5:  # rows that ended are only dropped when it pays
+            going = alive.nonzero()[:, 0]
+            state.select(going)
+            rows, token, alive = rows[going], token[going], alive[going]
+        state.read(token[:, None], (alive if keep else torch.ones_like(alive))[:, None])
+    return _collect(tokens[:, : t + 1].tolist(), logprobs[:, : t + 1].tolist(), set(ends.tolist()))
 
 # %% ../../nbs/core/03a_generators.ipynb #a9f9dcfd
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout is off while sampling."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+# %% ../../nbs/core/03a_generators.ipynb #dec623d2
+class _Conversations:
+    """The running conversations of a generator, and how far each has been read."""
+
+    def __init__(self) -> None:
+        self.state: Any = None  # a row for each conversation
+        self.read_so_far: dict[Hashable, tuple[int, list[int]]] = {}  # session -> row, ids
+        self.reused = 0  # tokens that were not read again, in all
+
+    def read(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],  # B
+        sessions: Sequence[Hashable],  # B
+    ) -> tuple[_DecodeState, list[int]]:  # everything read, and which prompt each of its rows is
+        """Reads what is new in each prompt; a prompt that changes what was said is read from its start."""
+        known = [self.read_so_far.get(name, (0, [])) for name in sessions]
+        old = [i for i, (_, ids) in enumerate(known) if ids and len(ids) < len(prompts[i]) and _begins(prompts[i], ids)]
+        new, states = [i for i in range(len(prompts)) if i not in set(old)], []
+        if old:
+            self.state.select(torch.tensor([known[i][0] for i in old], device=model.device))
+            states.append(read_texts(model, [prompts[i][len(known[i][1]) :] for i in old], self.state))
+            self.reused += sum(len(known[i][1]) for i in old)
+        if new:
+            states.append(read_texts(model, [prompts[i] for i in new]))
+        if len(states) == 2:
+            join(*states)
+        return states[0], [*old, *new]
+
+    def keep(self, state: _DecodeState, sessions: Sequence[Hashable], texts: Sequence[list[int]]) -> None:
+        """Remembers what the rows of a state have read."""
+        pack(state)
+        self.state = state
+        self.read_so_far = {name: (row, ids) for row, (name, ids) in enumerate(zip(sessions, texts, strict=True))}
+
+
+def _begins(text: Sequence[int], start: Sequence[int]) -> bool:
+    return list(text[: len(start)]) == list(start)
+
+# %% ../../nbs/core/03a_generators.ipynb #c7bf279c
+def generate_afresh(
+    model: Any,
+    prompts: Sequence[Sequence[int]],  # B
+    seeds: Sequence[int],  # B
+    sampling: SamplingParams,
+    end_ids: Sequence[int],
+    chunk: int,  # prompts per forward pass
+) -> dict[int, Generation]:  # by position
+    """Reads every prompt from its start, in chunks of about equal lengths."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies: dict[int, Generation] = {}
+    for start in range(0, len(order), chunk):
+        rows = order[start : start + chunk]
+        state = read_texts(model, [prompts[i] for i in rows])
+        replies |= zip(rows, decode(state, [seeds[i] for i in rows], sampling, end_ids), strict=True)
+    return replies
+
+# %% ../../nbs/core/03a_generators.ipynb #158f51b0
+def generate_on(
+    model: Any,
+    prompts: Sequence[Sequence[int]],  # B
+    seeds: Sequence[int],  # B
+    sampling: SamplingParams,
+    end_ids: Sequence[int],
+    talks: _Conversations,  # changed: goes on to the end of the responses
+    sessions: Sequence[Hashable],  # B different names
+) -> dict[int, Generation]:  # by position
+    """Reads what is new in each prompt; all running conversations are one batch."""
+    if len({*sessions}) != len(prompts):
+        raise ValueError(f"expected a session of its own for each of {len(prompts)} prompts, got {list(sessions)}")
+    state, order = talks.read(model, prompts, sessions)
+    sampled = decode(state, [seeds[i] for i in order], sampling, end_ids, keep=True)
+    texts = [[*prompts[i], *reply.ids[:-1]] for i, reply in zip(order, sampled, strict=True)]
+    talks.keep(state, [sessions[i] for i in order], texts)
+    return dict(zip(order, sampled, strict=True))
+
+# %% ../../nbs/core/03a_generators.ipynb #16b05229
 class TransformersGenerator:
     """Batched sampling from a transformers model in this process."""
 
     def __init__(
         self,
         language_model: LanguageModel,
-        chunk: int = 128,  # prompts per forward pass
+        chunk: int = 128,  # prompts per forward pass, where no conversation is carried on
     ):
-        self.model, self.tokenizer, self.chunk, self.version = language_model.model, language_model.tokenizer, chunk, 0
+        self.tokenizer, self.chunk = language_model.tokenizer, chunk
+        self.sync(language_model.model, 0)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.end_ids = sorted({self.tokenizer.eos_token_id, *ends} - {None})
 
     def sync(self, model: Any, version: int) -> None:
         """Takes the trainer's weights (here: the same object) and the version that they carry."""
-        self.model, self.version = model, version
+        self.model, self.version, self.conversations = model, version, _Conversations()
 
     @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],  # B prompts of any lengths >= 1
         sampling: SamplingParams,
+        sessions: Sequence[Hashable] | None = None,  # B names of running conversations
     ) -> list[Generation]:  # B, in order
         """Samples one response for each prompt."""
-        random = None
-        if sampling.seed is not None:
-            random = torch.Generator(self.model.device).manual_seed(sampling.seed)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        replies: list[Any] = [None] * len(prompts)
-        for start in range(0, len(order), self.chunk):
-            rows = order[start : start + self.chunk]
-            sampled = decode(self.model, [prompts[i] for i in rows], sampling, self.end_ids, random)
-            for row, reply in zip(rows, sampled, strict=True):
-                replies[row] = replace(reply, version=self.version)
-        return replies
+        common = (self.model, prompts, row_seeds(sampling.seed, len(prompts)), sampling, self.end_ids)
+        with evaluating(self.model):
+            if prompts and sessions is not None and empty_cache(self.model) is not None:
+                replies = generate_on(*common, self.conversations, sessions)
+            else:
+                self.conversations = _Conversations()
+                replies = generate_afresh(*common, self.chunk)
+        return [replace(replies[i], version=self.version) for i in range(len(prompts))]
+
+# %% ../../nbs/core/03a_generators.ipynb #fa79a78b
+class ServerError(DreamGymError):
+    """A generation server refuses a request, or has stopped answering."""
+
+# %% ../../nbs/core/03a_generators.ipynb #d2fc423c
+def request_json(
+    url: str,
+    body: Mapping[str, Any] | None = None,  # None: GET
+    timeout: float = 600.0,  # seconds
+) -> tuple[int, Any]:  # HTTP status (0: no connection), parsed answer or the text that came instead
+    """One request; what went wrong is in the status, not raised."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310 (the user's own server)
+            status, text = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")[:500]
+    except OSError as error:  # refused, reset, timed out
+        return 0, str(error)
+    try:
+        return status, json.loads(text) if text.strip() else {}
+    except ValueError:
+        return 0, f"no JSON: {text[:200]!r}"
+
+
+def call_server(
+    url: str,
+    body: Mapping[str, Any] | None = None,  # None: GET
+    retries: int = 5,  # after the first try
+    pause: float = 0.5,  # seconds before the first retry
+) -> Any:  # parsed answer
+    """Raises ServerError if a request is refused, or still fails after the last retry."""
+    for attempt in range(retries + 1):
+        status, answer = request_json(url, body)
+        if status // 100 == 2:
+            return answer
+        if status not in (0, 429) and status < 500:
+            raise ServerError(f"{url}: refused with HTTP status {status}: {answer}")
+        if attempt < retries:
+            time.sleep(pause * 2**attempt)
+    what = f"HTTP status {status}" if status else "no usable answer"
+    raise ServerError(f"{url}: {what} after {retries + 1} tries: {answer}; is the server up?")
+
+# %% ../../nbs/core/03a_generators.ipynb #b81a6e08
+def completion_request(
+    model: str,  # name under which it is served
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    seed: int,
+    end_ids: Sequence[int],  # of the tokenizer; the server adds the model's own
+) -> dict[str, Any]:
+    """Body of a `/v1/completions` request, token ids in and out."""
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "seed": seed,
+        "stop_token_ids": sorted({*end_ids, *sampling.stop_ids}),
+        "logprobs": 0,  # of the sampled token only
+        "return_token_ids": True,
+        **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    }
+
+
+def parse_completion(
+    answer: Mapping[str, Any],  # of the server
+    version: int = 0,
+) -> Generation:
+    """The response in an answer. Raises ConfigError if ids or log-probabilities are missing."""
+    choice = answer["choices"][0]
+    ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+    if not ids or not logprobs or len(ids) != len(logprobs) or None in logprobs:
+        raise ConfigError(
+            "the server's answer has no 'token_ids' with a 'token_logprobs' for each of them, and a policy cannot be "
+            "trained without; expected a vLLM server of version 0.10.2 or later"
+        )
+    return Generation(list(ids), list(logprobs), "stop" if choice["finish_reason"] == "stop" else "length", version)
+
+# %% ../../nbs/core/03a_generators.ipynb #91d2d8c8
+def check_server(
+    url: str,  # of a vLLM server
+) -> str:  # name of the model that it serves
+    """Raises ConfigError if the server cannot serve a policy, ServerError if it does not answer."""
+    status, info = request_json(f"{url}/server_info?config_format=json", timeout=30.0)
+    if status == 404:
+        raise ConfigError(f"{url} has no /server_info; start the server with VLLM_SERVER_DEV_MODE=1 in its environment")
+    if status // 100 != 2:
+        raise ServerError(f"{url}/server_info: HTTP status {status}: {info}")
+    mode = info["vllm_config"]["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ConfigError(
+            f"{url} gives {mode}, which ignore the sampling temperature; start the server with "
+            "--logprobs-mode processed_logprobs"
+        )
+    return call_server(f"{url}/v1/models")["data"][0]["id"]
+
+# %% ../../nbs/core/03a_generators.ipynb #ec208354
+@contextmanager
+def weights_folder(
+    model: Any,  # PreTrainedModel
+    shared: str | Path,  # folder that trainer and server both see under this path
+    version: int,
+) -> Iterator[Path]:
+    """The weights in safetensors, for as long as someone loads them."""
+    folder = Path(shared).absolute() / f"policy-{version}"
+    model.save_pretrained(folder, safe_serialization=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../../nbs/core/03a_generators.ipynb #e6bf2046
+class VLLMServerGenerator:
+    """Sampling from a vLLM server; sessions are served by its prefix cache."""
+
+    def __init__(
+        self,
+        url: str,  # such as http://localhost:8000
+        end_ids: Sequence[int],  # of the tokenizer; the server adds the model's own
+        shared: str | Path,  # folder for weights that trainer and server both see under this path
+        concurrency: int = 256,  # requests in flight
+        retries: int = 5,  # of a request that failed
+        pause: float = 0.5,  # seconds before the first retry, doubled for each further one
+    ):
+        self.url, self.end_ids, self.shared, self.version = url.rstrip("/"), list(end_ids), shared, 0
+        self.concurrency, self.retries, self.pause = concurrency, retries, pause
+        self.model = check_server(self.url)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],  # B
+        sampling: SamplingParams,
+        sessions: Sequence[Hashable] | None = None,  # not needed here
+    ) -> list[Generation]:  # B, in order
+        """Samples one response for each prompt; requests run side by side."""
+        seeds = row_seeds(sampling.seed, len(prompts))
+        bodies = [completion_request(self.model, p, sampling, s, self.end_ids) for p, s in zip(prompts, seeds)]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            answers = list(pool.map(lambda body: self._call("/v1/completions", body), bodies))
+        return [parse_completion(answer, self.version) for answer in answers]
+
+    def sync(self, model: Any, version: int) -> None:
+        """Sends the trainer's weights, and empties the prefix cache."""
+        with weights_folder(model, self.shared, version) as folder:
+            self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        self._call("/reset_prefix_cache", {})
+        self.version = version
+
+    def _call(self, path: str, body: Mapping[str, Any]) -> Any:
+        return call_server(self.url + path, body, self.retries, self.pause)
+
+# %% ../../nbs/core/03a_generators.ipynb #0138dfb0
+class VLLMGenerator:
+    """Sampling from vLLM in this process."""
+
+    def __init__(
+        self,
+        name: str | Path,  # hub name or folder
+        end_ids: Sequence[int],  # of the tokenizer; vLLM adds the model's own
+        shared: str | Path,  # folder for weights on their way
+        **options: Any,  # of `vllm.LLM`, such as gpu_memory_utilization=0.4
+    ):
+        try:
+            import vllm
+        except ImportError:
+            raise MissingExtra("vllm", "pip install vllm") from None
+        self._vllm, self.end_ids, self.shared, self.version = vllm, list(end_ids), shared, 0
+        self.llm = vllm.LLM(model=str(name), logprobs_mode="processed_logprobs", **options)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],  # B
+        sampling: SamplingParams,
+        sessions: Sequence[Hashable] | None = None,  # not needed here: vLLM has a prefix cache
+    ) -> list[Generation]:  # B, in order
+        """Samples one response for each prompt."""
+        common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        common |= {"stop_token_ids": sorted({*self.end_ids, *sampling.stop_ids}), "logprobs": 0, "detokenize": False}
+        params = [self._vllm.SamplingParams(seed=seed, **common) for seed in row_seeds(sampling.seed, len(prompts))]
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = [output.outputs[0] for output in self.llm.generate(asked, params, use_tqdm=False)]
+        return [vllm_generation(output, self.version) for output in outputs]
+
+    def sync(self, model: Any, version: int) -> None:
+        """Loads the trainer's weights, and empties the prefix cache."""
+        with weights_folder(model, self.shared, version) as folder:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.reset_prefix_cache()
+        self.version = version
+
+
+def vllm_generation(
+    output: Any,  # vllm.CompletionOutput
+    version: int,
+) -> Generation:
+    """The response in one of vLLM's outputs."""
+    ids = list(output.token_ids)
+    logprobs = [scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)]
+    return Generation(ids, logprobs, "stop" if output.finish_reason == "stop" else "length", version)

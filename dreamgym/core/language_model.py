@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -22,10 +24,10 @@ from .errors import DataError
 
 # %% auto #0
 __all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'PIECES', 'ENTITY', 'numbered_entities', 'word_decoder',
-           'train_tokenizer', 'SmallLMConfig', 'token_parts', 'ShortConv', 'SmallCache', 'rotary_angles', 'rotate',
-           'ClosingLinear', 'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained', 'part_sums', 'SmallTrunk',
-           'SmallLMForCausalLM', 'architecture_config', 'build_model', 'LanguageModel', 'load_language_model',
-           'PromptEncoder', 'Rows', 'make_rows', 'trunk']
+           'train_tokenizer', 'SmallLMConfig', 'token_parts', 'ShortConv', 'BufferedLayer', 'BufferedCache',
+           'rotary_angles', 'rotate', 'ClosingLinear', 'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained',
+           'part_sums', 'SmallTrunk', 'SmallLMForCausalLM', 'architecture_config', 'build_model', 'LanguageModel',
+           'load_language_model', 'template_pieces', 'PromptEncoder', 'Rows', 'make_rows', 'trunk']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
 PAD, END, UNKNOWN, ROLES = "<|pad|>", "<|end|>", "<|unk|>", ("<|system|>", "<|user|>", "<|assistant|>")
@@ -132,55 +134,94 @@ class ShortConv(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B, T, d)
+        x: Tensor,  # (B, T, d), zeros on padding
         past: Tensor | None = None,  # (B, K-1, d) inputs before x; None: zeros
+        holes: Tensor | None = None,  # (B,) number of columns with padding, on the left; None: no padding
     ) -> tuple[Tensor, Tensor]:  # output (B, T, d), the new past (B, K-1, d)
         """Adds the convolution of x to x."""
         kernel = self.weight.shape[0]
         if past is None:
-            past = x.new_zeros(x.shape[0], kernel - 1, x.shape[2])
-        padded = torch.cat([past, x], 1)
+            padded = F.pad(x, (0, 0, kernel - 1, 0))
+        elif holes is None:
+            padded = torch.cat([past, x], 1)
+        else:
+            at = holes[:, None] + torch.arange(kernel - 1, device=x.device)
+            padded = F.pad(x, (0, 0, kernel - 1, 0)).scatter(1, at[..., None].expand_as(past), past)
         y = x
         for j in range(kernel):
             y = y + self.weight[j] * padded[:, kernel - 1 - j : padded.shape[1] - j]
         return y, padded[:, padded.shape[1] - (kernel - 1) :]
 
 # %% ../../nbs/core/03_language_model.ipynb #65d9f28f
-class SmallCache:
-    """Keys, values and convolution inputs of one batch during generation."""
+class BufferedLayer(DynamicLayer):
+    """Keys and values of one layer, (B, H, T, d/H) each, written in place into buffers with room to grow."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.past: dict[int, Tensor] = {}  # site -> (B, K-1, d) last inputs of a short convolution
+        self.buffers: tuple[Tensor, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values of T tokens and returns all so far."""
+        seen = self.get_seq_length()
+        end, new = seen + key_states.shape[2], (key_states, value_states)
+        if not self.buffers or end > self.buffers[0].shape[2]:
+            room = end + max(32, end // 2)
+            buffers = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in new)
+            held: list[Any] = [self.keys, self.values] if seen else []
+            for buffer, old in zip(buffers, held):
+                buffer[:, :, :seen] = old
+            keys, values = (buffer[:, :, :seen] for buffer in buffers)
+            self.put(keys, values, self.past, buffers)
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:, :, seen:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def put(self, keys: Tensor, values: Tensor, past: dict[int, Tensor], buffers: tuple[Tensor, ...] = ()) -> None:
+        """Replaces the content; without `buffers` the next update makes new ones."""
+        self.keys, self.values, self.past, self.buffers = keys, values, past, buffers
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+# %% ../../nbs/core/03_language_model.ipynb #a0b1bb54
+class BufferedCache(Cache):
+    """What a batch of conversations has read so far: one `BufferedLayer` for each layer of a model."""
+
+    layers: list[Any]
 
     def __init__(
         self,
-        length: int,  # tokens that fit, prompt included
+        layers: int,  # of the model
     ):
-        self.length, self.seen = length, 0
-        self.keys: dict[int, Tensor] = {}  # layer -> (B, H, length, d/H)
-        self.values: dict[int, Tensor] = {}
-        self.conv: dict[tuple[int, int], Tensor] = {}  # (layer, site) -> (B, K-1, d)
-
-    def update(
-        self,
-        layer: int,
-        key: Tensor,  # (B, H, T, d/H)
-        value: Tensor,  # (B, H, T, d/H)
-    ) -> tuple[Tensor, Tensor]:  # (B, H, seen + T, d/H) each
-        """Appends keys and values of T tokens and returns all so far."""
-        if layer not in self.keys:
-            shape = (*key.shape[:2], self.length, key.shape[3])
-            self.keys[layer], self.values[layer] = key.new_zeros(shape), key.new_zeros(shape)
-        end = self.seen + key.shape[2]
-        self.keys[layer][:, :, self.seen : end], self.values[layer][:, :, self.seen : end] = key, value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        super().__init__(layers=[BufferedLayer() for _ in range(layers)])
 
     def select(
         self,
         rows: Tensor,  # indices of rows
     ) -> None:
         """Keeps the given rows of the batch."""
-        stores: tuple[dict[Any, Tensor], ...] = (self.keys, self.values, self.conv)
-        for store in stores:
-            for name, tensor in store.items():
-                store[name] = tensor[rows]
+        for layer in self.layers:
+            layer.put(layer.keys[rows], layer.values[rows], {site: past[rows] for site, past in layer.past.items()})
+
+    def pack(
+        self,
+        columns: Tensor,  # (B, W) indices of columns, in their order
+    ) -> None:
+        """Keeps the given columns of each row."""
+        at = columns[:, None, :, None]
+        for layer in self.layers:
+            layer.put(layer.keys.take_along_dim(at, 2), layer.values.take_along_dim(at, 2), layer.past)
+
+    def join(
+        self,
+        other: BufferedCache,  # of the same model
+    ) -> None:
+        """Appends the rows of another cache; the shorter one gets empty columns on the left."""
+        width = max(cache.get_seq_length() for cache in (self, other))
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            sides = [F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (mine.keys, its.keys, mine.values, its.values)]
+            past = {site: torch.cat([mine.past[site], its.past[site]]) for site in mine.past}
+            mine.put(torch.cat(sides[:2]), torch.cat(sides[2:]), past)
 
 # %% ../../nbs/core/03_language_model.ipynb #2079447e
 def rotary_angles(
@@ -221,25 +262,26 @@ class SmallLayer(nn.Module):
         self.up = nn.Linear(d, config.intermediate_size, bias=False)
         self.down = ClosingLinear(config.intermediate_size, d, bias=False)
 
-    def forward(self, x, rotation, mask, keep, cache: SmallCache | None) -> Tensor:  # arguments as below
+    def forward(self, x, rotation, mask, keep, cache: BufferedCache | None) -> Tensor:  # arguments as below
         """(B, T, d) → (B, T, d)."""
         x = x + self._attend(self._mix(0, x, keep, cache), rotation, mask, cache)
         return x + self.down(F.relu(self.up(self._mix(1, x, keep, cache))).square())
 
-    def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: SmallCache | None) -> Tensor:
+    def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: BufferedCache | None) -> Tensor:
         x = self.norms[site](x)
-        x = x if keep is None else x * keep  # padding never leaks into the convolution
-        y, past = self.convs[site](x, cache.conv.get((self.index, site)) if cache else None)
-        if cache:
-            cache.conv[self.index, site] = past
+        holes = None
+        if keep is not None:  # padding never leaks into the convolution
+            x, holes = x * keep, (keep == 0).sum((1, 2))
+        carried = cache.layers[self.index].past if cache is not None else {}
+        y, carried[site] = self.convs[site](x, carried.get(site), holes)
         return y
 
-    def _attend(self, x: Tensor, rotation, mask: Tensor | None, cache: SmallCache | None) -> Tensor:
+    def _attend(self, x: Tensor, rotation, mask: Tensor | None, cache: BufferedCache | None) -> Tensor:
         B, T, d = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache:
-            k, v = cache.update(self.index, k, v)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
@@ -250,7 +292,7 @@ def attention_bias(
     seen: int,  # tokens in the cache
 ) -> tuple[
     Tensor | None, Tensor | None
-]:  # (B, 1, T, seen + T) bool, (B, T, 1) 0/1 of new real tokens; None: not needed
+]:  # (B, 1, T, seen + T) bool, (B, T, 1) 0/1 of new real tokens; None: all may be looked at, all are real
     """Causal mask joined with padding. All-real batches need none."""
     whole = attention_mask is None or bool(attention_mask.all())
     if whole and (seen == 0 or T == 1):
@@ -259,8 +301,10 @@ def attention_bias(
     mask = real[:, None, None, :].expand(-1, 1, T, -1)
     if T > 1:
         causal = torch.ones(T, seen + T, dtype=torch.bool, device=real.device).tril(seen)
-        mask = mask & causal | torch.eye(T, seen + T, dtype=torch.bool, device=real.device)
-    return mask, real[:, seen:, None].float()
+        itself = F.pad(torch.eye(T, dtype=torch.bool, device=real.device), (seen, 0))
+        mask = mask & causal | itself  # padding looks at itself: a softmax over nothing is not a number
+    new = real[:, seen:, None]
+    return mask, None if bool(new.all()) else new.float()
 
 # %% ../../nbs/core/03_language_model.ipynb #1e19cfa2
 def positions(
@@ -327,10 +371,11 @@ class SmallTrunk(SmallPreTrained):
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T so far), True on real tokens; needed for left padding only
         position_ids: Tensor | None = None,  # (B, T); None: from the mask
-        cache: SmallCache | None = None,
+        cache: BufferedCache | None = None,
     ) -> tuple[Tensor, Tensor]:  # last hidden states (B, T, d), token embeddings (V, d)
         """Everything but the head."""
-        table, T, seen = self.token_embeddings(), input_ids.shape[1], cache.seen if cache else 0
+        table, T = self.token_embeddings(), input_ids.shape[1]
+        seen = 0 if cache is None else cache.get_seq_length()
         mask, keep = attention_bias(attention_mask, T, seen)
         if position_ids is None:
             position_ids = positions(attention_mask, T, seen, input_ids.device)
@@ -338,8 +383,6 @@ class SmallTrunk(SmallPreTrained):
         x = F.embedding(input_ids, table)
         for layer in self.layers:
             x = layer(x, rotation, mask, keep, cache)
-        if cache:
-            cache.seen += T
         return self.norm(x), table
 
 # %% ../../nbs/core/03_language_model.ipynb #1b662e41
@@ -351,13 +394,13 @@ class SmallLMForCausalLM(SmallTrunk, GenerationMixin):
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T so far)
         position_ids: Tensor | None = None,  # (B, T)
-        past_key_values: Any = None,  # a `SmallCache`; other caches are ignored
+        past_key_values: Any = None,  # a `BufferedCache`; other caches are ignored
         labels: Tensor | None = None,  # (B, T), -100 where no loss is taken
         logits_to_keep: int | Tensor = 0,  # 0: all
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` positions only; labels give the usual shifted loss."""
-        cache: Any = past_key_values if isinstance(past_key_values, SmallCache) else None
+        cache: Any = past_key_values if isinstance(past_key_values, BufferedCache) else None
         hidden, table = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits: Any = kept @ table.T
@@ -453,15 +496,39 @@ def load_language_model(
     return LanguageModel(model.to(device).eval(), tokenizer)
 
 # %% ../../nbs/core/03_language_model.ipynb #51e32667
+def template_pieces(
+    tokenizer: Any,
+    system: str = "",  # system message; empty: none
+) -> tuple[str, str, str]:  # before, after, between
+    """What the chat template puts around messages. Raises DataError if a longer conversation changes a shorter one."""
+    marks = ["\u2021ask\u2021", "\u2021answer\u2021", "\u2021again\u2021"]
+    chat = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
+    head = [{"role": "system", "content": system}] if system else []
+
+    def pieces(count: int) -> list[str]:  # of the first messages
+        rendered = tokenizer.apply_chat_template([*head, *chat[:count]], tokenize=False, add_generation_prompt=True)
+        for mark in marks[:count]:
+            rendered = rendered.replace(mark, marks[0])
+        return rendered.split(marks[0])
+
+    (before, after), grown = pieces(1), pieces(3)
+    if len(grown) != 4 or [grown[0], grown[1], grown[3]] != [before, after, after]:
+        raise DataError(
+            "the tokenizer's chat template changes earlier messages when a conversation grows; a conversation needs one "
+            "that only appends: set policy_model.context to 'state', or give the tokenizer another chat_template"
+        )
+    return before, after, grown[2]
+
+# %% ../../nbs/core/03_language_model.ipynb #fc5a2919
 class PromptEncoder:
-    """Text of one user message → prompt ids that end where the assistant begins."""
+    """Text of a user message → prompt ids that end where the assistant begins."""
 
     def __init__(
         self,
         tokenizer: Any,
         system: str = "",  # system message; empty: none
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.system = tokenizer, system
         mark = "\u2021content\u2021"
         messages = [{"role": "system", "content": system}] if system else []
         rendered = tokenizer.apply_chat_template(
@@ -474,9 +541,26 @@ class PromptEncoder:
         self,
         texts: Sequence[str],  # (B,)
     ) -> list[list[int]]:  # B prompts
-        """Prompt ids of each text."""
-        rendered = [self._before + self._harmless(text) + self._after for text in texts]
-        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        """Prompt ids of each text, as the first message of a conversation."""
+        return self._encode(self._before, texts)
+
+    def follow_ups(
+        self,
+        texts: Sequence[str],  # (B,)
+    ) -> list[list[int]]:  # B suffixes; the first id ends the answer before
+        """Ids of each text as the next message, from the end of the assistant's answer to where it begins again.
+
+        Raises DataError if the chat template changes earlier messages.
+        """
+        return self._encode(self._between, texts)
+
+    @cached_property
+    def _between(self) -> str:
+        return template_pieces(self.tokenizer, self.system)[2]
+
+    def _encode(self, start: str, texts: Sequence[str]) -> list[list[int]]:
+        rendered = [start + self._harmless(text) + self._after for text in texts]
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
 
     def _harmless(self, text: str) -> str:
         """Control tokens in an environment's text are spelt out, so that they stay text."""

@@ -1,4 +1,4 @@
-"""Tokenizer, models from scratch and generation: what is read back, padded, cached or saved stays the same."""
+"""Tokenizer, models from scratch and text clients: what is read back, padded or saved stays the same."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 
 from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.errors import DataError
-from dreamgym.core.generators import SamplingParams, TransformersGenerator, sample_token
+from dreamgym.core.generators import SamplingParams, TransformersGenerator
 from dreamgym.core.language_model import (
     LanguageModel,
     PromptEncoder,
@@ -103,7 +103,7 @@ def test_unknown_words_are_one_unknown_token(tokenizer):
     assert ids == [tokenizer.unk_token_id]
 
 
-# ---- padding and cache
+# ---- padding
 
 
 def test_right_padding_changes_nothing(model, tokenizer):
@@ -120,65 +120,6 @@ def test_action_mask_covers_the_responses_only():
     rows = make_rows([[1, 2, 3], [4]], [[5], [6, 7]])
     assert rows.ids.tolist() == [[1, 2, 3, 5], [4, 6, 7, 0]] and rows.tokens == 3
     assert rows.ids[rows.action_mask].tolist() == [5, 6, 7]
-
-
-def test_batched_generation_equals_a_naive_loop(model, tokenizer):
-    """Left padding, the cache and dropped rows leave tokens and log-probabilities as they are."""
-    prompts, budget = prompts_of(tokenizer), 12
-    stops = tuple(
-        range(6, len(tokenizer), 4)
-    )  # a quarter of the vocabulary ends a response: rows end at different times
-    replies = TransformersGenerator(model).generate(prompts, SamplingParams(budget, 0.0, stop_ids=stops))
-    assert len({len(reply.ids) for reply in replies}) > 1
-    for prompt, reply in zip(prompts, replies, strict=True):
-        ids, ends = list(prompt), {*stops, tokenizer.eos_token_id}
-        for token, logprob in zip(reply.ids, reply.logprobs, strict=True):
-            with torch.no_grad():
-                logprobs = model.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            assert int(logprobs.argmax()) == token and abs(float(logprobs[token]) - logprob) < 1e-5
-            ids.append(token)
-        assert reply.stop_reason == ("stop" if reply.ids[-1] in ends else "length")
-        assert not ends & set(reply.ids[:-1]) and (reply.stop_reason == "stop" or len(reply.ids) == budget)
-
-
-def test_chunks_change_nothing(model, tokenizer):
-    prompts = prompts_of(tokenizer)
-    whole, parts = (TransformersGenerator(model, chunk).generate(prompts, SamplingParams(6, 0.0)) for chunk in (128, 2))
-    assert [r.ids for r in whole] == [r.ids for r in parts]
-
-
-def test_seeds_repeat_and_differ(model, tokenizer):
-    prompts, generator = prompts_of(tokenizer), TransformersGenerator(model)
-    one, same, other = (generator.generate(prompts, SamplingParams(6, 1.0, seed)) for seed in (1, 1, 2))
-    assert [r.ids for r in one] == [r.ids for r in same] != [r.ids for r in other]
-
-
-def test_logprobs_are_those_of_the_sampling_temperature(model, tokenizer):
-    prompts = prompts_of(tokenizer)
-    for reply, prompt in zip(
-        TransformersGenerator(model).generate(prompts, SamplingParams(4, 0.5, 0)), prompts, strict=True
-    ):
-        with torch.no_grad():
-            logits = model.model(torch.tensor([[*prompt, *reply.ids]])).logits[0, len(prompt) - 1 : -1]
-        expected = (logits / 0.5).log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None])[:, 0]
-        assert torch.allclose(expected, torch.tensor(reply.logprobs), atol=1e-5)
-
-
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(30_000, 1)
-    tokens, _ = sample_token(logits, 0.7, torch.Generator().manual_seed(0))
-    share = tokens.bincount(minlength=3) / len(tokens)
-    assert torch.allclose(share, (logits[0] / 0.7).softmax(-1), atol=0.01)
-
-
-def test_sync_marks_the_version(model, tokenizer):
-    generator = TransformersGenerator(model)
-    generator.sync(model.model, 7)
-    assert {r.version for r in generator.generate(prompts_of(tokenizer), SamplingParams(1, 0.0))} == {7}
-
-
-def test_no_prompts_no_replies(model):
-    assert TransformersGenerator(model).generate([], SamplingParams()) == []
 
 
 # ---- building, saving, loading

@@ -35,7 +35,7 @@ from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
 from .fidelity import on_policy
 from .policy import Policy
-from .ppo import make_batch, ppo_update
+from .ppo import PPOSettings, make_batch, ppo_update
 from .rollout import RolloutConfig, rollout, rollout_metrics
 
 log = logging.getLogger(__name__)
@@ -462,11 +462,8 @@ def update_policy(
     else:
         reference = loop.reference if rl.kl_coef else None
         batch = make_batch(usable, policy, reference, rl.gamma, rl.gae_lambda, rl.temperature)
-        names = ("epochs", "minibatch", "clip", "value_coef", "kl_coef", "entropy_coef", "kl_stop", "max_grad_norm")
-        settings = {name: getattr(rl, name) for name in (*names, "temperature")}
-        warming = loop.iteration < rl.value_warmup
-        clip = rl.value_clip or float("inf")
-        metrics = ppo_update(policy, loop.optimizer, batch, value_clip=clip, values_only=warming, **settings)
+        settings = PPOSettings.from_config(rl, values_only=loop.iteration < rl.value_warmup)
+        metrics = ppo_update(policy, loop.optimizer, batch, settings)
     policy.eval()
     return metrics
 

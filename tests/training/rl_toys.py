@@ -1,0 +1,75 @@
+"""Small policies and episodes made by hand, for the tests of estimators, losses and updates."""
+
+import torch
+
+from dreamgym.core.data_structures import Task, Trajectory, Turn
+from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
+from dreamgym.training.policy import Policy
+from dreamgym.training.ppo import TokenRow, score_rows
+
+DOORS = ["door 1", "door 2", "door 3"]
+LONG = " ".join(["nothing here"] * 9)
+
+
+def new_policy(seed=1, hidden=32, family="SmallLM", **options):
+    """As after some training: a critic that says something, layers that do something."""
+    tokenizer = train_tokenizer([*DOORS, "nothing here"], "merged" if family == "SmallLM" else "split")
+    model = build_model(tokenizer, family, hidden_size=hidden, layers=1, seed=seed, **options)
+    policy = Policy(LanguageModel(model, tokenizer))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weights in policy.parameters():
+            weights += 0.05 * torch.randn_like(weights)
+    return policy
+
+
+def score(policy, prompt, response, temperature=1.0):
+    """Log-probabilities and values of one response."""
+    row = TokenRow([*prompt, *response], [(len(prompt), len(prompt) + len(response))])
+    return score_rows(policy, [row], temperature)
+
+
+def turn_of(policy, prompt, response, reward=0.0, penalty=0.0, logprobs=None, state="", shift=0.0):
+    """A turn as the policy would have sampled it; `shift` makes its behaviour log-probabilities stale."""
+    if logprobs is None:
+        logprobs = (score(policy, prompt, response)[0] + shift).tolist()
+    return Turn(prompt, response, logprobs, reward, state, "", "", penalty=penalty)
+
+
+def turn(policy, state, action, reward=0.0, penalty=0.0, **how):
+    (prompt,), response = policy.codec.prompts([state]), policy.codec.response(action)
+    return turn_of(policy, prompt, response, reward, penalty, state=state, **how)
+
+
+def episode(policy, turns, terminated=True, truncated=False, final="door 1", group=0, task="t"):
+    (final_prompt,) = policy.codec.prompts([final])
+    prompt = final_prompt if truncated else ()
+    return Trajectory(turns, Task(task, "i"), group, "real", 0, terminated, truncated, None, None, final, prompt)
+
+
+def conversation(policy, states, actions, reward=1.0, **how):
+    """Turns of which each prompt is everything before it and one state more."""
+    turns, history = [], []
+    for i, (state, action) in enumerate(zip(states, actions, strict=True)):
+        history = [*history, *policy.codec.prompts([state])[0]]
+        response = policy.codec.response(action)
+        turns.append(turn_of(policy, history, response, reward * (i == len(states) - 1), state=state, **how))
+        history = [*history, *response]
+    return turns
+
+
+def mixed(policy, shift=0.0):
+    """Episodes of 1 to 3 turns with prompts and responses of different lengths; one of them was cut off."""
+    return [
+        episode(policy, [turn(policy, "door 1", "door 2", 1.0, shift=shift)]),
+        episode(policy, [turn(policy, LONG, "door 3 door 3"), turn(policy, "door 2", "door 1", 0.3, 0.1)]),
+        episode(policy, [turn(policy, s, "door 1", shift=-shift) for s in (*DOORS[:2], LONG)], False, True, LONG),
+    ]
+
+
+def weights(policy):
+    return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+
+
+def gradient(policy):
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])

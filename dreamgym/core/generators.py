@@ -31,7 +31,7 @@ __all__ = ['GOLDEN', 'SamplingParams', 'Generation', 'Generator', 'require_gener
            'uniforms', 'sample_token', 'left_padded', 'empty_cache', 'pack', 'join', 'read_texts', 'decode',
            'evaluating', 'generate_afresh', 'generate_on', 'TransformersGenerator', 'ServerError', 'request_json',
            'call_server', 'completion_request', 'parse_completion', 'check_server', 'weights_folder',
-           'VLLMServerGenerator', 'VLLMGenerator', 'vllm_generation']
+           'VLLMServerGenerator', 'vllm_generation', 'VLLMGenerator']
 
 # %% ../../nbs/core/03a_generators.ipynb #bb0a6fbc
 @dataclass(frozen=True)
@@ -536,6 +536,16 @@ class VLLMServerGenerator:
         return call_server(self.url + path, body, self.retries, self.pause)
 
 # %% ../../nbs/core/03a_generators.ipynb #0138dfb0
+def vllm_generation(
+    output: Any,  # vllm.CompletionOutput
+    version: int,
+) -> Generation:
+    """The response in one of vLLM's outputs."""
+    ids = list(output.token_ids)
+    logprobs = [scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)]
+    return Generation(ids, logprobs, "stop" if output.finish_reason == "stop" else "length", version)
+
+# %% ../../nbs/core/03a_generators.ipynb #914199dc
 class VLLMGenerator:
     """Sampling from vLLM in this process."""
 
@@ -573,13 +583,3 @@ class VLLMGenerator:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.llm.reset_prefix_cache()
         self.version = version
-
-
-def vllm_generation(
-    output: Any,  # vllm.CompletionOutput
-    version: int,
-) -> Generation:
-    """The response in one of vLLM's outputs."""
-    ids = list(output.token_ids)
-    logprobs = [scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)]
-    return Generation(ids, logprobs, "stop" if output.finish_reason == "stop" else "length", version)

@@ -27,7 +27,7 @@ __all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'PIECES', 'ENTITY'
            'train_tokenizer', 'SmallLMConfig', 'token_parts', 'ShortConv', 'BufferedLayer', 'BufferedCache',
            'rotary_angles', 'rotate', 'ClosingLinear', 'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained',
            'part_sums', 'SmallTrunk', 'SmallLMForCausalLM', 'architecture_config', 'build_model', 'LanguageModel',
-           'load_language_model', 'template_pieces', 'PromptEncoder', 'Rows', 'make_rows', 'trunk']
+           'load_language_model', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows', 'trunk']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
 PAD, END, UNKNOWN, ROLES = "<|pad|>", "<|end|>", "<|unk|>", ("<|system|>", "<|user|>", "<|assistant|>")
@@ -514,12 +514,22 @@ def template_pieces(
     (before, after), grown = pieces(1), pieces(3)
     if len(grown) != 4 or [grown[0], grown[1], grown[3]] != [before, after, after]:
         raise DataError(
-            "the tokenizer's chat template changes earlier messages when a conversation grows; a conversation needs one "
-            "that only appends: set policy_model.context to 'state', or give the tokenizer another chat_template"
+            "the tokenizer's chat template changes earlier messages when a conversation grows; expected one that only "
+            "appends: set policy_model.context to 'state', or give the tokenizer another chat_template"
         )
     return before, after, grown[2]
 
 # %% ../../nbs/core/03_language_model.ipynb #fc5a2919
+def spelt_out(
+    text: str,
+    control: Sequence[str],  # tokens with a meaning, longest first
+) -> str:
+    """The text without control tokens."""
+    for token in control:
+        text = text.replace(token, " ".join(token)) if token in text else text
+    return text
+
+# %% ../../nbs/core/03_language_model.ipynb #d7770af5
 class PromptEncoder:
     """Text of a user message → prompt ids that end where the assistant begins."""
 
@@ -531,9 +541,8 @@ class PromptEncoder:
         self.tokenizer, self.system = tokenizer, system
         mark = "\u2021content\u2021"
         messages = [{"role": "system", "content": system}] if system else []
-        rendered = tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-        )
+        messages += [{"role": "user", "content": mark}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         self._before, self._after = rendered.split(mark)
         self._control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
 
@@ -559,14 +568,8 @@ class PromptEncoder:
         return template_pieces(self.tokenizer, self.system)[2]
 
     def _encode(self, start: str, texts: Sequence[str]) -> list[list[int]]:
-        rendered = [start + self._harmless(text) + self._after for text in texts]
+        rendered = [start + spelt_out(text, self._control) + self._after for text in texts]
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
-
-    def _harmless(self, text: str) -> str:
-        """Control tokens in an environment's text are spelt out, so that they stay text."""
-        for token in self._control:
-            text = text.replace(token, " ".join(token)) if token in text else text
-        return text
 
 # %% ../../nbs/core/03_language_model.ipynb #01c29329
 @dataclass(frozen=True)

@@ -183,6 +183,12 @@ def _condition(state: HouseState, place: str) -> str:
     return r.status or "flat" if r.visited else "unseen"
 
 
+def _line(state: HouseState, place: str) -> str:
+    """What is known of a receptacle, word for word as in the state."""
+    r = state.receptacles.get(place)
+    return f"{place} {'missing' if r is None else r.text() if r.visited else 'unseen'}"
+
+
 def _there(state: HouseState, item: str, place: str) -> bool:
     return item in map(name_of, state.receptacles.get(place, Receptacle()).contents or ())
 
@@ -273,8 +279,7 @@ def _check_door(state: HouseState, variant: Variant, verb: str, place: str) -> V
 
 def _check_take(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
     reach, there = _reach(state, place, variant), _item_in(state, item, place, variant)
-    condition = f"{place} {_condition(state, place)}"
-    facts = (_at(state, place, reach), condition, _hold(state), _presence(item, there))
+    facts = (_at(state, place, reach), _hold(state), _line(state, place), _presence(item, there))
     loose = type_of(item) in TRAITS_OF["pickupable"] or _unknown_type(item, variant)
     return Verdict(every(reach, _visible(state, place, variant), there, state.hold == "nothing", loose), facts)
 
@@ -307,8 +312,8 @@ def _fits(item: str, place: str, variant: Variant) -> bool | None:
 def _check_move(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
     reach, fits = _reach(state, place, variant), _fits(item, place, variant)
     word = {True: "fits", False: "unfit", None: "maybe"}[fits]
-    condition = f"{place} {_condition(state, place)}"
-    facts = (_at(state, place, reach), condition, _hold(state), f"{type_of(item)} {word} {type_of(place)}")
+    fit = f"{type_of(item)} {word} {type_of(place)}"
+    facts = (_at(state, place, reach), _hold(state), fit, _line(state, place))
     return Verdict(every(reach, _visible(state, place, variant), name_of(state.hold) == item, fits), facts)
 
 
@@ -336,7 +341,7 @@ def _check_slice(state: HouseState, variant: Variant, verb: str, item: str, knif
 def _check_use(state: HouseState, variant: Variant, verb: str, item: str) -> Verdict:
     there = _item_near(state, item, variant)
     switch = type_of(item) in TRAITS_OF["toggleable"] or _unknown_type(item, variant)
-    return Verdict(every(switch, there), (f"at {state.at}", _presence(item, there)))
+    return Verdict(every(switch, there), (f"at {_line(state, state.at)}", _presence(item, there)))
 
 
 def _check_examine(state: HouseState, variant: Variant, verb: str, name: str) -> Verdict:

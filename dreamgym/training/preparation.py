@@ -130,7 +130,7 @@ def clone_policy(
     config: Config,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> CloningReport:
-    """Behaviour cloning on the first `policy_model.bc_demonstrations` episodes of the offline data."""
+    """Behaviour cloning on `policy_model.bc_demonstrations` recorded episodes of the expert, with and without noise."""
     rows = demonstration_rows(experiences, config.policy_model.bc_demonstrations)
     held = {task for i, task in enumerate(dict.fromkeys(row.task_id for row in rows)) if i % 10 == 9}
     train = demonstrations([row for row in rows if row.task_id not in held], policy)
@@ -140,15 +140,12 @@ def clone_policy(
 # %% ../../nbs/training/35a_preparation.ipynb #315631b3
 def demonstration_rows(
     experiences: Sequence[Experience],
-    episodes: int,  # half of them expert, half noisy
+    episodes: int,  # spread evenly over those in which an expert acts
 ) -> list[Experience]:
     """Rows of the episodes that are cloned from."""
-    names: dict[str, list[str]] = {}
-    for e in experiences:
-        kind = e.episode_id.rsplit("/", 2)[-2]
-        if kind in ("expert-0", "noisy-0.3") and e.turn == 0:
-            names.setdefault(kind, []).append(e.episode_id)
-    chosen = {name for ids in names.values() for name in ids[: episodes // 2]}
+    names = list(dict.fromkeys(e.episode_id for e in experiences if e.policy == "expert"))
+    count = min(episodes, len(names))
+    chosen = {names[i * len(names) // count] for i in range(count)}
     return [e for e in experiences if e.episode_id in chosen]
 
 # %% ../../nbs/training/35a_preparation.ipynb #408f7c4f

@@ -236,6 +236,7 @@ def dpo_agent(
     policy: Policy,  # where preferences are learned from, such as a clone; changed in place
     pairs: Sequence[Mapping[str, str]],  # as `dpo_pairs` makes them
     beta: float = 0.1,  # weight of staying close to the start
+    sft_weight: float = 1.0,  # of the chosen action's likelihood beside the preference; 0: plain DPO
     epochs: float = 1,
     batch_size: int = 64,  # pairs per optimiser step
     lr: float = 3e-4,  # peak
@@ -250,7 +251,8 @@ def dpo_agent(
     asked = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "learning_rate": lr, "seed": seed}
     reference = trl_model(copy.deepcopy(policy.model))
     with tempfile.TemporaryDirectory() as folder, lent_to_trl(policy.model) as model:
-        fields = {"max_length": None, "beta": beta} | asked | options
+        losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, sft_weight]} if sft_weight else {}
+        fields = {"max_length": None, "beta": beta} | losses | asked | options
         args = trl.DPOConfig(**trainer_settings(folder, policy.model.device, fields))
         roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
         first = {key: [{"role": role, "content": pairs[0][key]}] for key, role in roles.items()}

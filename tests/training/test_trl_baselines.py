@@ -138,7 +138,7 @@ def test_agents_learn_and_leave_nothing_behind(family, tmp_run, capfd, monkeypat
     assert any(not torch.equal(start[name], learnt[name]) for name in start)
     pairs = [{"prompt": a, "chosen": b, "rejected": a} for a, b in zip(DOORS, DOORS[1:] + DOORS[:1], strict=True)]
     seen.clear()
-    tb.dpo_agent(policy, pairs * 4, 0.1, 20, 8, 3e-3, on_log=lambda step, logs: seen.append(logs), logging_steps=1)
+    tb.dpo_agent(policy, pairs * 4, 0.1, 0, 20, 8, 3e-3, on_log=lambda step, logs: seen.append(logs), logging_steps=1)
     assert abs(seen[0]["loss"] - 0.693147) < 1e-4  # log 2: reference and policy agree at the start
     assert [logs["rewards/accuracies"] for logs in seen if "rewards/accuracies" in logs][-1] == 1
     assert policy.model.forward == forward and not policy.model.training

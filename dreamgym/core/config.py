@@ -103,7 +103,13 @@ class PolicyModelConfig(Section):
     layers: int = Field(2, gt=0, description="depth of a model from scratch (blocks) [ours]")
     heads: int = Field(2, gt=0, description="attention heads of a model from scratch [ours]")
     initializer_range: float = Field(0.1, gt=0, description="standard deviation of initial weights [ours]")
-    context: Literal["state"] = Field("state", description="what the policy sees: the abstract state [ours]")
+    context: Literal["state", "history", "conversation"] = Field(
+        "state", description="what the policy sees: the state, the last turns too, or all of them [ours]"
+    )
+    history: int = Field(2, ge=0, description="with context history: earlier turns in the prompt (turns) [verl-agent]")
+    response_format: Literal["plain", "think"] = Field(
+        "plain", description="the action itself, or <think>…</think><action>…</action> [ours]"
+    )
     context_length: int = Field(512, gt=0, description="longest prompt with response (tokens) [ours]")
     max_new_tokens: int = Field(16, gt=0, description="longest response (tokens) [ours]")
     bc_demonstrations: int = Field(240, ge=0, description="expert episodes for cloning; 0 skips it (episodes) [ours]")

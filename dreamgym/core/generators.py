@@ -73,8 +73,8 @@ def require_generator(
     if not callable(getattr(generator, "generate", None)):
         raise ConfigError(
             f"a policy needs token ids and log-probabilities: expected a Generator (TransformersGenerator, "
-            f"VLLMServerGenerator, VLLMGenerator), got {type(generator).__name__}, which only completes text; "
-            "text-level clients serve the experience model"
+            f"VLLMServerGenerator, VLLMGenerator), got {type(generator).__name__}; clients that only complete text "
+            "serve the experience model"
         )
     return generator
 

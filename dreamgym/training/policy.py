@@ -5,49 +5,172 @@
 # %% ../../nbs/training/30_policy.ipynb #129bf6db
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.config import PolicyModelConfig
+from ..core.data_structures import Turn
+from ..core.errors import ConfigError, DataError
 from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, trunk
 
 # %% auto #0
-__all__ = ['TurnCodec', 'TokenScores', 'Policy']
+__all__ = ['OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'Parsed', 'one_line', 'parse_thinking', 'extended', 'TurnCodec', 'next_prompt',
+           'append_only_rows', 'demonstrated_turns', 'make_codec', 'TokenScores', 'Policy']
 
 # %% ../../nbs/training/30_policy.ipynb #e28e72d8
+@dataclass(frozen=True)
+class Parsed:
+    """What a response says."""
+
+    text: str  # the response on one line
+    action: str  # the command; empty if there is none
+    problem: str = ""  # why this is no proper response; empty: it is one
+
+    @property
+    def valid(self) -> bool:
+        """True where a command was found."""
+        return not self.problem
+
+
+def one_line(
+    text: str,
+) -> str:
+    """The text with single spaces."""
+    return " ".join(text.split())
+
+# %% ../../nbs/training/30_policy.ipynb #fe238dbe
+OPEN, CLOSE = (re.compile(rf"<\s*{slash}action\s*>", re.I) for slash in ("", r"/\s*"))
+THINK, THOUGHT = (re.compile(rf"<\s*{slash}think\s*>", re.I) for slash in ("", r"/\s*"))
+
+
+def parse_thinking(
+    text: str,
+    ended: bool = True,  # the model ended its response; False: it was cut off
+) -> Parsed:
+    """Reads `<think>…</think><action>…</action>`."""
+    said = THOUGHT.split(text)[-1]
+    parts = [CLOSE.split(part) for part in OPEN.split(said)[1:]]
+    actions = [one_line(part[0]) for part in parts]
+    problem = ""
+    if THINK.search(said):
+        problem = "the thought is not closed"
+    elif not actions:
+        problem = "no <action>"
+    elif any(len(part) == 1 for part in (parts[:-1] if ended else parts)):
+        problem = "an <action> is not closed"
+    elif len({*actions}) > 1:
+        problem = f"{len({*actions})} different actions"
+    elif not actions[0]:
+        problem = "the action is empty"
+    return Parsed(one_line(text), "" if problem else actions[0], problem)
+
+# %% ../../nbs/training/30_policy.ipynb #f2eddf78
+def extended(
+    prompt: Sequence[int],
+    response: Sequence[int],  # as sampled
+    suffix: Sequence[int],  # the next message; its first id is the end token of the response
+) -> list[int]:  # the next prompt
+    """Appends a response and the next message; an end token that was sampled is not repeated."""
+    return [*prompt, *response, *(suffix[1:] if response and response[-1] == suffix[0] else suffix)]
+
+# %% ../../nbs/training/30_policy.ipynb #f3d394be
 class TurnCodec:
-    """Text of a state ↔ token ids of one turn."""
+    """Text of an episode ↔ token ids of its turns."""
 
     def __init__(
         self,
         tokenizer: Any,
         system: str = "",  # system message; empty: none
+        context: str = "state",  # 'state', 'history' or 'conversation'
+        history: int = 2,  # turns that the context 'history' shows
+        response_format: str = "plain",  # 'plain' or 'think'
     ):
-        self.tokenizer, self._encode = tokenizer, PromptEncoder(tokenizer, system)
+        self.tokenizer, self.encoder = tokenizer, PromptEncoder(tokenizer, system)
+        self.context, self.history, self.response_format = context, history, response_format
+        if context != "state":
+            self.encoder.follow_ups([])  # the chat template must be able to go on
 
-    def prompts(
-        self,
-        states: Sequence[str],  # (B,)
-    ) -> list[list[int]]:  # B prompts
-        """Prompt ids of each state."""
-        return self._encode(states)
+    def prompts(self, states: Sequence[str]) -> list[list[int]]:
+        """Prompt ids of each state as the first of its episode."""
+        return self.encoder(states)
 
-    def action(
-        self,
-        response_ids: Sequence[int],  # (L,)
-    ) -> str:
-        """The command in a response, on one line."""
+    def next_prompts(self, episodes: Sequence[tuple[Sequence[Turn], str]]) -> list[list[int]]:
+        """Prompt ids of the next turn of each episode, given its turns so far and its state now."""
+        if self.context == "state":
+            return self.prompts([state for _, state in episodes])
+        return [next_prompt(self, turns, state) for turns, state in episodes]
+
+    def parse(self, response_ids: Sequence[int], ended: bool = True) -> Parsed:
+        """What a response says; `ended` is False where it was cut off."""
         text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        return " ".join(text.split())
+        return parse_thinking(text, ended) if self.response_format == "think" else Parsed(*[one_line(text)] * 2)
 
-    def response(
-        self,
-        action: str,  # a demonstrated command
-    ) -> list[int]:  # (L,) ids, end token included
-        """Response ids of a demonstration; used for cloning only."""
-        return [*self.tokenizer.encode(action, add_special_tokens=False), self.tokenizer.eos_token_id]
+    def action(self, response_ids: Sequence[int]) -> str:
+        """The command in a response, on one line; empty if there is none."""
+        return self.parse(response_ids).action
+
+    def response(self, action: str, thought: str = "") -> list[int]:
+        """Response ids (L,) of a demonstrated command, end token included; used for cloning only."""
+        text = action if self.response_format == "plain" else f"<think>{thought}</think><action>{action}</action>"
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+# %% ../../nbs/training/30_policy.ipynb #370050ee
+def next_prompt(
+    codec: TurnCodec,  # of context 'history' or 'conversation'
+    turns: Sequence[Turn],  # so far
+    state: str,  # now
+) -> list[int]:
+    """Prompt ids of the next turn."""
+    if codec.context == "conversation" and turns:
+        return extended(turns[-1].prompt_ids, turns[-1].response_ids, codec.encoder.follow_ups([state])[0])
+    shown = list(turns)[max(len(turns) - codec.history, 0) :] if codec.context == "history" else []
+    first, *later = [*(turn.state for turn in shown), state]
+    (prompt,) = codec.prompts([first])
+    for turn, suffix in zip(shown, codec.encoder.follow_ups(later), strict=True):
+        prompt = extended(prompt, turn.response_ids, suffix)
+    return prompt
+
+# %% ../../nbs/training/30_policy.ipynb #9b99cb3e
+def append_only_rows(
+    turns: Sequence[Turn],  # of one episode
+) -> list[list[Turn]]:
+    """Turns grouped into rows: each turn's prompt begins with all ids of the turn before it."""
+    rows: list[list[Turn]] = []
+    for turn in turns:
+        before = [*rows[-1][-1].prompt_ids, *rows[-1][-1].response_ids] if rows else []
+        if rows and list(turn.prompt_ids[: len(before)]) == before:
+            rows[-1].append(turn)
+        else:
+            rows.append([turn])
+    return rows
+
+# %% ../../nbs/training/30_policy.ipynb #46bcff38
+def demonstrated_turns(
+    codec: TurnCodec,
+    states: Sequence[str],  # (T,)
+    actions: Sequence[str],  # (T,)
+) -> list[Turn]:  # T turns, for cloning
+    """Prompts and responses of a demonstrated episode, in the codec's context and format."""
+    turns: list[Turn] = []
+    for state, action in zip(states, actions, strict=True):
+        (prompt,), response = codec.next_prompts([(turns, state)]), codec.response(action)
+        turns.append(Turn(prompt, response, [], 0.0, state, action, action))
+    return turns
+
+# %% ../../nbs/training/30_policy.ipynb #4adb810c
+def make_codec(
+    tokenizer: Any,
+    config: PolicyModelConfig,
+) -> TurnCodec:
+    """The codec that a configuration asks for. Raises ConfigError if the chat template cannot serve its context."""
+    try:
+        return TurnCodec(tokenizer, "", config.context, config.history, config.response_format)
+    except DataError as error:
+        raise ConfigError(f"policy_model.context: {config.context}: {error}") from None
 
 # %% ../../nbs/training/30_policy.ipynb #72d4a90c
 @dataclass(frozen=True)
@@ -62,13 +185,13 @@ class TokenScores:
 class Policy(nn.Module):
     """Language model and value head on one trunk."""
 
-    def __init__(self, language_model: LanguageModel):
+    def __init__(self, language_model: LanguageModel, codec: TurnCodec | None = None):  # None: plain, state only
         super().__init__()
         self.model, self.tokenizer = language_model.model, language_model.tokenizer
         self.value = nn.Linear(self.model.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
-        self.codec = TurnCodec(self.tokenizer)
+        self.codec = codec or TurnCodec(self.tokenizer)
 
     @property
     def language_model(self) -> LanguageModel:

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..core.data_structures import StepResult, Task, Trajectory, Turn
-from ..core.generators import Generation, Generator, SamplingParams
+from ..core.generators import Generation, Generator, SamplingParams, derive_seed, require_generator
 from ..environments.base_env import BatchEnv
-from .policy import TurnCodec
+from .policy import Parsed, TurnCodec, append_only_rows
 
 # %% auto #0
-__all__ = ['RolloutConfig', 'played_turn', 'rollout', 'rollout_metrics']
+__all__ = ['RolloutConfig', 'played_turn', 'cut_short', 'rollout', 'rollout_metrics']
 
 # %% ../../nbs/training/31_rollout.ipynb #382da192
 @dataclass(frozen=True)
@@ -27,30 +27,34 @@ class RolloutConfig:
     invalid_action_penalty: float = 0.0  # its own reward term, subtracted where an action had no effect
     source: str = "real"  # 'real' or 'dream'
     progress: str = ""  # label of a progress bar; empty: none
+    context_length: int | None = None  # longest prompt with response (tokens); None: no limit
 
 # %% ../../nbs/training/31_rollout.ipynb #1ee957e8
 def played_turn(
     state: str,  # before the action
     prompt: Sequence[int],
     reply: Generation,
-    action: str,  # as parsed from the reply
+    said: Parsed,  # as parsed from the reply
     result: StepResult,
-    penalty: float = 0.0,  # of an action that had no effect
+    penalty: float = 0.0,  # of a response without a command, or an action without effect
+    admissible: Sequence[str] | None = None,  # actions that were possible; None: unknown
 ) -> Turn:
     """The record of one turn."""
-    valid = not result.info.get("action_error")
+    problem = said.problem or result.info.get("action_error")
+    info = {"version": reply.version} | ({"unparsed": said.problem} if said.problem else {})
     return Turn(
         prompt_ids=prompt,
         response_ids=reply.ids,
         logprobs=reply.logprobs,
         reward=result.reward,
         state=state,
-        response=action,
-        action=action,
-        valid=valid,
-        penalty=0.0 if valid else penalty,
+        response=said.text,
+        action=said.action,
+        valid=not problem,
+        penalty=penalty if problem else 0.0,
         stop_reason=reply.stop_reason,
-        info={key: result.info[key] for key in ("reasoning", "malformed") if result.info.get(key)},
+        admissible=None if admissible is None else said.action in admissible,
+        info=info | {key: result.info[key] for key in ("reasoning", "malformed") if result.info.get(key)},
     )
 
 # %% ../../nbs/training/31_rollout.ipynb #3bff10ea
@@ -61,23 +65,41 @@ class _Running:
     task: Task
     group: int
     state: str
+    admissible: Sequence[str] | None = None  # actions, as far as known
     turns: list[Turn] = field(default_factory=list)
 
-    def finish(self, result: StepResult, source: str, version: int, codec: TurnCodec) -> Trajectory:
+    def finish(self, result: StepResult, source: str, codec: TurnCodec) -> Trajectory:
         """The trajectory that ends with a result."""
         return Trajectory(
             turns=self.turns,
             task=self.task,
             group=self.group,
             source=source,
-            version=version,
+            version=min((turn.info["version"] for turn in self.turns), default=0),
             terminated=result.terminated,
             truncated=result.truncated,
             success=result.success,
             aborted=result.aborted,
             final_state=result.state,
-            final_prompt_ids=codec.prompts([result.state])[0] if result.truncated else (),
+            final_prompt_ids=codec.next_prompts([(self.turns, result.state)])[0] if result.truncated else (),
         )
+
+# %% ../../nbs/training/31_rollout.ipynb #cef832ee
+def cut_short(
+    episode: _Running,
+    prompt: Sequence[int],  # of the turn that cannot be played
+    config: RolloutConfig,
+    codec: TurnCodec,
+) -> Trajectory:
+    """The trajectory of an episode that has reached the context limit."""
+    limit = config.context_length or len(prompt)
+    if not episode.turns:
+        reason = f"a prompt of {len(prompt)} tokens leaves no room for {config.max_new_tokens} more in {limit}"
+        return episode.finish(StepResult(episode.state, aborted=reason), config.source, codec)
+    last = episode.turns[-1]
+    episode.turns[-1] = replace(last, info=last.info | {"truncated": "context"})
+    ended = episode.finish(StepResult(episode.state, truncated=True, success=False), config.source, codec)
+    return replace(ended, final_prompt_ids=list(prompt)[-limit:])
 
 # %% ../../nbs/training/31_rollout.ipynb #a8d14188
 class _Board:
@@ -104,13 +126,42 @@ def _fill(board: _Board, env: BatchEnv, config: RolloutConfig, codec: TurnCodec)
         return
     results = env.reset(free, [task for _, task in chosen], [task.seed for _, task in chosen])
     for slot, (index, task), result in zip(free, chosen, results, strict=True):
-        episode = _Running(task, board.groups[task.id], result.state)
+        episode = _Running(task, board.groups[task.id], result.state, result.admissible_actions)
         if result.done:
-            board.end(index, episode.finish(result, config.source, 0, codec))
+            board.end(index, episode.finish(result, config.source, codec))
         else:
             board.running[slot] = (index, episode)
 
 # %% ../../nbs/training/31_rollout.ipynb #7553ab85
+def _prompts(board: _Board, config: RolloutConfig, codec: TurnCodec) -> dict[int, list[int]]:
+    """The next prompt of each slot; episodes without room for a response end."""
+    slots = sorted(board.running)
+    episodes = [board.running[slot][1] for slot in slots]
+    prompts = dict(zip(slots, codec.next_prompts([(e.turns, e.state) for e in episodes]), strict=True))
+    if config.context_length:
+        for slot in [s for s, p in prompts.items() if len(p) + config.max_new_tokens > config.context_length]:
+            index, episode = board.running.pop(slot)
+            board.end(index, cut_short(episode, prompts.pop(slot), config, codec))
+    return prompts
+
+# %% ../../nbs/training/31_rollout.ipynb #6cadb35a
+def _generate(
+    board: _Board,
+    prompts: dict[int, list[int]],  # by slot
+    generator: Generator,
+    codec: TurnCodec,
+    config: RolloutConfig,
+    seed: int | None,
+) -> list[Generation]:
+    """One response for each prompt; running conversations are named by the position of their task."""
+    places = [(board.running[slot][0], len(board.running[slot][1].turns)) for slot in prompts]
+    seeds = None if seed is None else [derive_seed(seed, *place) for place in places]
+    sampling = SamplingParams(config.max_new_tokens, config.temperature, seeds)
+    if codec.context == "conversation":
+        return generator.generate(list(prompts.values()), sampling, [index for index, _ in places])
+    return generator.generate(list(prompts.values()), sampling)
+
+# %% ../../nbs/training/31_rollout.ipynb #ff74cd6e
 def _play(
     board: _Board,
     generator: Generator,
@@ -120,21 +171,20 @@ def _play(
     seed: int | None,
 ) -> None:
     """One turn of every running episode."""
-    slots = sorted(board.running)
-    if not slots:  # every reset of this round has failed
+    prompts = _prompts(board, config, codec)
+    if not prompts:  # every episode of this round has failed at its start, or was cut
         return
-    prompts = codec.prompts([board.running[slot][1].state for slot in slots])
-    sampling = SamplingParams(config.max_new_tokens, config.temperature, seed)
-    replies = generator.generate(prompts, sampling)
-    actions = [codec.action(reply.ids) for reply in replies]
-    results = env.step(slots, actions)
-    for slot, prompt, reply, action, result in zip(slots, prompts, replies, actions, results, strict=True):
+    replies = _generate(board, prompts, generator, codec, config, seed)
+    said = [codec.parse(reply.ids, reply.stop_reason == "stop") for reply in replies]
+    results = env.step(list(prompts), [parsed.action for parsed in said])
+    for slot, reply, parsed, result in zip(prompts, replies, said, results, strict=True):
         index, episode = board.running[slot]
         penalty = config.invalid_action_penalty
-        episode.turns.append(played_turn(episode.state, prompt, reply, action, result, penalty))
-        episode.state = result.state
+        turn = played_turn(episode.state, prompts[slot], reply, parsed, result, penalty, episode.admissible)
+        episode.turns.append(turn)
+        episode.state, episode.admissible = result.state, result.admissible_actions
         if result.done:
-            board.end(index, episode.finish(result, config.source, reply.version, codec))
+            board.end(index, episode.finish(result, config.source, codec))
             del board.running[slot]
 
 # %% ../../nbs/training/31_rollout.ipynb #10439cf4
@@ -144,39 +194,44 @@ def rollout(
     tasks: Sequence[Task],  # one episode each; repeat a task for a group
     codec: TurnCodec,
     config: RolloutConfig = RolloutConfig(),
-    seed: int | None = None,  # of the first round, counted up from there; None: the global torch generator
+    seed: int | None = None,  # each response has a seed derived from it; None: the global torch generator
     on_step: Callable[[int], None] | None = None,  # told the number of episodes that have ended
 ) -> list[Trajectory]:  # one per task, in order
-    """Rolls out the policy behind `generator` on every task."""
+    """Rolls out the policy behind `generator` on every task. Raises ConfigError for one that only knows text."""
     from tqdm.auto import tqdm
 
-    board, turn = _Board(tasks), 0
-    label = config.progress
+    board, label = _Board(tasks), config.progress
+    require_generator(generator)
     with tqdm(total=len(tasks), desc=label, disable=not label, leave=False, unit="episode") as bar:
         while board.waiting or board.running:
             _fill(board, env, config, codec)
-            _play(board, generator, env, codec, config, None if seed is None else seed + turn)
-            turn += 1
+            _play(board, generator, env, codec, config, seed)
             bar.update(board.ended - bar.n)
             if on_step:
                 on_step(board.ended)
+    if codec.context == "conversation":
+        generator.generate([], SamplingParams(), [])  # all conversations have ended
     return [trajectory for trajectory in board.done if trajectory is not None]
 
-# %% ../../nbs/training/31_rollout.ipynb #88e6bb08
+# %% ../../nbs/training/31_rollout.ipynb #651d6523
 def rollout_metrics(
     trajectories: Sequence[Trajectory],
-) -> dict[str, float]:  # success over episodes that were not aborted; turns; share of actions without effect
+) -> dict[str, float]:
     """What happened, in numbers; aborted episodes are counted and left out of the means."""
     usable = [t for t in trajectories if t.aborted is None]
     turns = [turn for t in usable for turn in t.turns]
-    count = max(len(usable), 1)
+    count, total = max(len(usable), 1), max(len(turns), 1)
     return {
         "success": sum(bool(t.success) for t in usable) / count,
         "episode_return": sum(t.episode_return for t in usable) / count,
         "turns": len(turns) / count,
-        "invalid_actions": sum(not turn.valid for turn in turns) / max(len(turns), 1),
-        "too_long": sum(turn.stop_reason == "length" for turn in turns) / max(len(turns), 1),
+        "invalid_actions": sum(not turn.valid for turn in turns) / total,
+        "unparsed": sum("unparsed" in turn.info for turn in turns) / total,
+        "penalty": sum(turn.penalty for turn in turns) / count,
+        "too_long": sum(turn.stop_reason == "length" for turn in turns) / total,
+        "context_limit": sum("truncated" in turn.info for turn in turns) / count,
         "episodes": len(usable),
         "aborted": len(trajectories) - len(usable),
         "transitions": len(turns),
+        "rows": sum(len(append_only_rows(t.turns)) for t in usable),
     }

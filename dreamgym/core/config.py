@@ -90,6 +90,9 @@ class ReasoningModelConfig(Section):
     batch_size: int = Field(32, gt=0, description="transitions per update [ours]")
     train_steps: int = Field(2000, ge=0, description="updates; the learning rate decays over them [ours]")
     demo_dropout: float = Field(0.1, ge=0, le=1, description="share of training prompts without demos [ours]")
+    balance: float = Field(
+        0.5, ge=0, le=1, description="pull to equal shares of all kinds of transition; 0: none [ours]"
+    )
     annotation: Literal["rules", "llm"] = Field("rules", description="who writes the reasoning in the data [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #29cd0917

@@ -89,10 +89,15 @@ class _Recorder:
         if self.random.random() >= self.behaviour.noise:
             assert self.env.expert is not None
             return self.env.expert(batch, slot, self.seed), "expert"
-        earlier = [row.action for row in rows] or self.elsewhere
-        near = self.random.choice([earlier, self.elsewhere])
-        pool = near if self.random.random() < self.behaviour.near_miss else possible
-        return self.random.choice(pool), "random" if self.behaviour.noise == 1 else "noise"
+        miss = self.random.random() < self.behaviour.near_miss
+        action = self.near_miss(possible, rows) if miss else self.random.choice(possible)
+        return action, "random" if self.behaviour.noise == 1 else "noise"
+
+    def near_miss(self, possible: list[str], rows: list[Experience]) -> str:
+        pool = self.random.choice([[row.action for row in rows] or self.elsewhere, self.elsewhere])
+        words, end = self.random.choice(pool).split(), self.random.choice([0, 1, 2])  # words of another action's end
+        tail = self.random.choice(possible).split()[-end:] if 0 < end < len(words) else []
+        return " ".join([*words[: len(words) - len(tail)], *tail])
 
     def row(self, task: Task, before: StepResult, action: str, who: str, result: StepResult, turn: int) -> Experience:
         annotate = self.env.annotate

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch.nn import functional as F
 from ..core.data_structures import Experience, Task
 from ..core.errors import DataError
 from ..core.language_model import LanguageModel, PromptEncoder, make_rows, trunk
+from ..environments.base_env import StateMapper
 from .reasoning_model import ExperiencePrompts, Query, render_target
 
 # %% auto #0
-__all__ = ['training_queries', 'encode_examples', 'endless_batches', 'learning_rate', 'example_loss', 'adamw',
-           'train_on_examples']
+__all__ = ['training_queries', 'encode_examples', 'endless_batches', 'learning_rate', 'balanced_rows', 'transition_kind',
+           'example_loss', 'adamw', 'train_on_examples']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
 def training_queries(
@@ -85,6 +87,27 @@ def learning_rate(
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup - 1)
     return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
+
+# %% ../../nbs/models/23_experience_sft.ipynb #2ba952dc
+def balanced_rows(
+    experiences: Sequence[Experience],
+    mapper: StateMapper,
+    balance: float = 0.5,  # b
+    size: int = 0,  # rows to draw, with replacement; 0: as many as there are
+    seed: int = 0,
+) -> list[int]:  # indices of rows
+    """Draws rows so that rare kinds of transition are seen more often than their share."""
+    kinds = [transition_kind(e, mapper) for e in experiences]
+    counts = Counter(kinds)
+    weights = torch.tensor([counts[kind] ** -balance for kind in kinds], dtype=torch.float64)
+    random = torch.Generator().manual_seed(seed)
+    return torch.multinomial(weights, size or len(kinds), replacement=True, generator=random).tolist()
+
+
+def transition_kind(e: Experience, mapper: StateMapper) -> tuple[str, str]:  # such as ('take', 'failed')
+    """Verb and outcome."""
+    failed = mapper.merge(e.state, f"fail {e.action}") == e.next_state
+    return e.action.split(" ")[0], "rewarded" if e.reward > 0 else "failed" if failed else "worked"
 
 # %% ../../nbs/models/23_experience_sft.ipynb #dcf7b299
 def example_loss(

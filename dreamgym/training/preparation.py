@@ -20,7 +20,7 @@ from ..core.generators import TransformersGenerator
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, load_experiences, record
-from ..models.experience_sft import encode_examples, train_on_examples
+from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from .baselines import CloningReport, clone, demonstrations
@@ -188,9 +188,11 @@ def train_experience_model(
     random = torch.Generator().manual_seed(config.training.seed)
     bare = (torch.rand(len(experiences), generator=random) < section.demo_dropout).tolist()
     examples = encode_examples(experiences, model, language_model.tokenizer, bare)
+    size = section.train_steps * section.batch_size
+    shown = balanced_rows(experiences, model.mapper, section.balance, size, config.training.seed)
     return train_on_examples(
         language_model,
-        examples,
+        [examples[i] for i in shown],
         section.train_steps,
         section.batch_size,
         section.lr,

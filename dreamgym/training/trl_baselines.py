@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..core.data_structures import Experience, StepResult, Task
-from ..core.errors import DataError, MissingExtra
-from ..core.generators import Generation, SamplingParams, TransformersGenerator
-from ..core.language_model import LanguageModel, PromptEncoder, SmallLMForCausalLM, SmallPreTrained
+from ..core.data_structures import Experience, Task, Trajectory
+from ..core.errors import ConfigError, DataError, MissingExtra
+from ..core.generators import TransformersGenerator
+from ..core.language_model import LanguageModel, SmallLMForCausalLM, SmallPreTrained
 from ..environments.base_env import BatchEnv
 from .policy import Policy, TurnCodec
+from .rollout import RolloutConfig, rollout
 
 # %% auto #0
 __all__ = ['TrunkView', 'TiedHead', 'SmallLMView', 'require_trl', 'trl_model', 'lent_to_trl', 'trainer_settings', 'run_trainer',
-           'sft_rows', 'sft_agent', 'situation', 'good_actions', 'dpo_pairs', 'dpo_rows', 'dpo_agent', 'TurnEncoder',
-           'Conversation', 'next_turns', 'play_conversations', 'trl_rows', 'episode_reward', 'trl_rollout_func']
+           'sft_rows', 'sft_agent', 'situation', 'good_actions', 'dpo_pairs', 'dpo_rows', 'dpo_agent',
+           'conversation_row', 'trl_columns', 'trl_rows', 'episode_reward', 'trl_rollout_func']
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #9267b078
 class TrunkView(nn.Module):
@@ -263,96 +264,33 @@ def dpo_agent(
     return policy
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #e32cde98
-class TurnEncoder(PromptEncoder):
-    """Text of a later user message → ids from the end of the response before it to where the assistant begins."""
-
-    def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer)
-        said, mark = "\u2021said\u2021", "\u2021content\u2021"
-        roles = (("user", "-"), ("assistant", said), ("user", mark))
-        messages = [{"role": role, "content": content} for role, content in roles]
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        self._before, self._after = rendered.partition(said)[2].split(mark)
-
-    def between(
-        self,
-        state: str,  # the environment's answer
-        ended: bool,  # whether the response already has its end token
-    ) -> list[int]:
-        """Ids of the environment's turn; they close a response that was cut off."""
-        ids = self([state])[0]
-        return ids[1:] if ended and ids[0] == self.tokenizer.eos_token_id else ids
+def conversation_row(
+    trajectory: Trajectory,  # at least one turn
+) -> dict[str, Any]:  # 'prompt_ids', 'completion_ids', 'logprobs' (0 on the environment's tokens), 'env_mask'
+    """An episode as one row of tokens. Raises DataError if a prompt does not go on from the turn before it."""
+    prompt, ids, logprobs, mask = list(trajectory.turns[0].prompt_ids), list[int](), list[float](), list[int]()
+    for turn in trajectory.turns:
+        so_far = len(prompt) + len(ids)
+        if list(turn.prompt_ids[:so_far]) != prompt + ids:
+            raise DataError(f"task {trajectory.task.id!r}: expected prompts that only grow; use context 'conversation'")
+        answer = list(turn.prompt_ids[so_far:])
+        ids += [*answer, *turn.response_ids]
+        logprobs += [0.0] * len(answer) + list(turn.logprobs)
+        mask += [0] * len(answer) + [1] * len(turn.response_ids)
+    return {"prompt_ids": prompt, "completion_ids": ids, "logprobs": logprobs, "env_mask": mask}
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #8bf6f7bd
-@dataclass
-class Conversation:
-    """One episode as one row of tokens."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of the sampler; 0 on the environment's tokens
-    env_mask: list[int] = field(default_factory=list)  # 1: sampled, 0: the environment's
-    episode_return: float | None = 0.0  # None: aborted
-    success: bool | None = None
-    done: bool = False
-
-    def extend(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
-        """Appends a response with its log-probabilities, or tokens of the environment."""
-        self.completion_ids += ids
-        self.logprobs += logprobs or [0.0] * len(ids)
-        self.env_mask += [int(logprobs is not None)] * len(ids)
-
-    def take(self, result: StepResult) -> None:
-        """Notes what an action led to."""
-        aborted = result.aborted is not None or self.episode_return is None
-        self.episode_return = None if aborted else (self.episode_return or 0.0) + result.reward
-        self.success, self.done = result.success, result.done
-
-# %% ../../nbs/training/35c_trl_baselines.ipynb #b5a265ab
-def next_turns(
-    talks: Sequence[Conversation],  # changed in place; the position is the slot
-    generator: Any,  # Generator
-    env: BatchEnv,
+def trl_columns(
+    trajectories: Sequence[Trajectory],
     codec: TurnCodec,
-    encoder: TurnEncoder,
-    sampling: SamplingParams,
-    max_tokens: int,  # of one completion, the environment's included
-) -> None:
-    """Plays one turn of every running episode; one whose next turn would not fit ends there."""
-    slots = [slot for slot, talk in enumerate(talks) if not talk.done]
-    replies: list[Generation] = generator.generate(
-        [talks[slot].prompt_ids + talks[slot].completion_ids for slot in slots], sampling
-    )
-    results = env.step(slots, [codec.action(reply.ids) for reply in replies])
-    for slot, reply, result in zip(slots, replies, results, strict=True):
-        talk = talks[slot]
-        talk.extend(reply.ids, reply.logprobs)
-        talk.take(result)
-        glue = [] if talk.done else encoder.between(result.state, reply.stop_reason == "stop")
-        talk.done = talk.done or len(talk.completion_ids) + len(glue) + sampling.max_new_tokens > max_tokens
-        if not talk.done:
-            talk.extend(glue)
-
-# %% ../../nbs/training/35c_trl_baselines.ipynb #7e2160c4
-def play_conversations(
-    generator: Any,  # Generator
-    env: BatchEnv,  # one slot for each task
-    tasks: Sequence[Task],
-    codec: TurnCodec,
-    sampling: SamplingParams = SamplingParams(12),  # of one turn
-    max_tokens: int = 512,  # of one completion
-) -> list[Conversation]:  # one per task, in order
-    """Plays every task once, as a conversation."""
-    results = env.reset(range(len(tasks)), tasks, [task.seed for task in tasks])
-    talks = [Conversation(ids) for ids in codec.prompts([result.state for result in results])]
-    for talk, result in zip(talks, results, strict=True):
-        talk.take(result)
-        if result.done:  # nothing to play: one token without loss, since TRL wants a completion
-            talk.extend([codec.tokenizer.eos_token_id])
-    encoder = TurnEncoder(codec.tokenizer)
-    while not all(talk.done for talk in talks):
-        next_turns(talks, generator, env, codec, encoder, sampling, max_tokens)
-    return talks
+) -> dict[str, list]:  # columns of `conversation_row`, and 'episode_return' (None: aborted) and 'success'
+    """What `GRPOTrainer` takes from a rollout."""
+    end = {"completion_ids": [codec.tokenizer.eos_token_id], "logprobs": [0.0], "env_mask": [0]}
+    rows = []
+    for t in trajectories:  # without turns: one token without loss, since TRL wants a completion
+        row = conversation_row(t) if t.turns else {"prompt_ids": codec.prompts([t.final_state])[0]} | end
+        rows.append(row | {"episode_return": t.episode_return if t.aborted is None else None, "success": t.success})
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #608d3086
 def trl_rows(
@@ -375,26 +313,25 @@ def episode_reward(
 def trl_rollout_func(
     make_env: Callable[[int], BatchEnv],  # `env.make`, or a function that makes a `DreamEnv` of so many slots
     tasks: Iterable[Task],
-    codec: TurnCodec,
+    codec: TurnCodec,  # of context 'conversation'
     max_new_tokens: int = 12,  # of one turn
 ) -> Callable[[list[Any], Any], dict[str, list]]:  # for `GRPOTrainer(rollout_func=…)`
-    """Batched multi-turn rollouts for TRL's `GRPOTrainer`, in a dream or for real.
+    """Batched multi-turn rollouts for TRL's `GRPOTrainer`, in a dream or for real. Its prompts are ids of tasks.
 
-    A completion holds the whole episode, at most `max_completion_length` tokens of it. Prompts are ids of tasks.
+    An episode whose next turn would not fit into `max_completion_length` tokens, first prompt included, ends there.
     """
+    if codec.context != "conversation":
+        raise ConfigError(f"GRPOTrainer needs a codec of context 'conversation', not {codec.context!r}")
     by_id = {task.id: task for task in tasks}
 
     def rollout_func(prompts: list[Any], trainer: Any) -> dict[str, list]:
         model = trainer.accelerator.unwrap_model(trainer.model)
         model = model.model.small if isinstance(model, SmallLMView) else model
-        training, chosen = model.training, [by_id[prompt] for prompt in prompts]
-        model.eval()
-        generator, env = TransformersGenerator(LanguageModel(model, codec.tokenizer)), make_env(len(chosen))
-        sampling = SamplingParams(max_new_tokens, trainer.temperature)
-        talks = play_conversations(generator, env, chosen, codec, sampling, trainer.max_completion_length)
+        generator, env = TransformersGenerator(LanguageModel(model, codec.tokenizer)), make_env(len(prompts))
+        limit = trainer.max_completion_length
+        config = RolloutConfig(len(prompts), max_new_tokens, trainer.temperature, context_length=limit)
+        played = rollout(generator, env, [by_id[prompt] for prompt in prompts], codec, config)
         env.close()
-        model.train(training)
-        names = ("prompt_ids", "completion_ids", "logprobs", "env_mask", "episode_return", "success")
-        return {name: [getattr(talk, name) for talk in talks] for name in names}
+        return trl_columns(played, codec)
 
     return rollout_func

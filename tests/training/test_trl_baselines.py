@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from dreamgym.core.data_structures import Experience, StepResult, Task
-from dreamgym.core.errors import DataError
-from dreamgym.core.generators import Generation, SamplingParams
+from dreamgym.core.errors import ConfigError, DataError
+from dreamgym.core.generators import Generation
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import CountingEnv
-from dreamgym.training.policy import Policy
+from dreamgym.training.policy import Policy, TurnCodec
+from dreamgym.training.rollout import RolloutConfig, rollout
 
 trl = pytest.importorskip("trl")
 
@@ -262,55 +263,55 @@ def test_pairs_of_one_situation_are_limited_and_ordered():
 # ---- rollouts for GRPOTrainer
 
 
-@pytest.mark.parametrize("template", [None, CHATML])
-def test_a_conversation_has_the_tokens_of_the_template(template):
-    policy = make_policy()
-    policy.tokenizer.chat_template = template or policy.tokenizer.chat_template
-    codec = type(policy.codec)(policy.tokenizer)
-    encoder, ids = tb.TurnEncoder(policy.tokenizer), codec.prompts(["door 1"])[0] + codec.response("door 2")
-    ids = ids + encoder.between("door 3", ended=True)
-    roles = [("user", "door 1"), ("assistant", "door 2"), ("user", "door 3")]
-    chat = [{"role": role, "content": content} for role, content in roles]
-    assert ids == policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    cut = encoder.between("door 3", ended=False)
-    assert cut == [policy.tokenizer.eos_token_id, *encoder.between("door 3", ended=True)]
+def talking(policy):
+    return TurnCodec(policy.tokenizer, context="conversation")
 
 
 class Scripted:
     """Answers in turn."""
 
     def __init__(self, codec, *actions):
-        self.codec, self.actions, self.prompts = codec, list(actions), []
+        self.codec, self.actions = codec, list(actions)
 
-    def generate(self, prompts, sampling):
-        self.prompts.append([list(p) for p in prompts])
+    def generate(self, prompts, sampling, sessions=None):
+        if not prompts:  # all conversations have ended
+            return []
         ids = self.codec.response(self.actions.pop(0))
         return [Generation(ids, [-0.25] * len(ids), "stop") for _ in prompts]
 
 
-def test_a_row_grows_and_marks_what_was_sampled():
-    codec = make_policy().codec
-    generator = Scripted(codec, "+1", "noop", "+1")
-    talks = tb.play_conversations(generator, CountingEnv(2), [Task("a", "1"), Task("b", "2")], codec)
-    said = [codec.response(a) for a in ("+1", "noop", "+1")]
-    assert talks[0].completion_ids == said[0] and talks[0].success
-    long = talks[1]
-    assert [i for i, m in zip(long.completion_ids, long.env_mask, strict=True) if m] == sum(said, [])
-    assert [lp for lp, m in zip(long.logprobs, long.env_mask, strict=True) if not m] == [0.0] * long.env_mask.count(0)
-    assert [len(prompts) for prompts in generator.prompts] == [2, 1, 1]
-    for earlier, later in zip(
-        generator.prompts[0][1:] + generator.prompts[1], generator.prompts[1] + generator.prompts[2]
-    ):
-        assert later[: len(earlier)] == earlier  # append-only
-    assert long.episode_return == 1.0
+def play(codec, env, tasks, *actions):
+    return rollout(Scripted(codec, *actions), env, tasks, codec, RolloutConfig(len(tasks)))
 
 
-def test_a_completion_never_exceeds_the_limit():
-    codec = make_policy().codec
-    generator = Scripted(codec, *["noop"] * 6)
-    sampling = SamplingParams(4)
-    talk = tb.play_conversations(generator, CountingEnv(1), [Task("a", "5")], codec, sampling, max_tokens=20)[0]
-    assert talk.done and len(talk.completion_ids) <= 20 and talk.env_mask[-1] == 1 and talk.success is None
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_row_is_the_conversation_and_marks_what_was_sampled(template):
+    policy = make_policy()
+    policy.tokenizer.chat_template = template or policy.tokenizer.chat_template
+    codec = talking(policy)
+    one, two = play(codec, CountingEnv(2), [Task("a", "1"), Task("b", "2")], "+1", "noop", "+1")
+    said = [codec.response(action) for action in ("+1", "noop", "+1")]
+    row = tb.conversation_row(two)
+    assert [i for i, m in zip(row["completion_ids"], row["env_mask"], strict=True) if m] == sum(said, [])
+    assert {lp for lp, m in zip(row["logprobs"], row["env_mask"], strict=True) if m} == {-0.25}
+    assert {lp for lp, m in zip(row["logprobs"], row["env_mask"], strict=True) if not m} == {0.0}
+    states = ["count 0", "count 1", "count 1"]
+    chat = [m for s in states for m in ({"role": "user", "content": s}, {"role": "assistant", "content": ""})]
+    for message, action in zip(chat[1::2], ("+1", "noop", "+1"), strict=True):
+        message["content"] = action
+    whole = policy.tokenizer.apply_chat_template(chat)["input_ids"]
+    ids = row["prompt_ids"] + row["completion_ids"]
+    assert whole[: len(ids)] == ids and len(whole) - len(ids) <= 1  # but for the template's newline at the end
+    assert tb.conversation_row(one)["completion_ids"] == said[0] and two.episode_return == 1.0
+
+
+def test_prompts_of_single_states_are_refused():
+    policy = make_policy()
+    played = play(policy.codec, CountingEnv(1), [Task("a", "2")], "+1", "+1")
+    with pytest.raises(DataError, match="context 'conversation'"):
+        tb.conversation_row(played[0])
+    with pytest.raises(ConfigError, match="context 'conversation'"):
+        tb.trl_rollout_func(CountingEnv, [], policy.codec)
 
 
 class Paid(CountingEnv):
@@ -334,11 +335,11 @@ class Breaks(Paid):
 
 
 def test_an_aborted_episode_has_no_return_and_its_siblings_go_on():
-    codec = make_policy().codec
-    tasks = [Task("a", "2")] * 4
-    talks = tb.play_conversations(Scripted(codec, "+1", "+1"), Breaks(4), tasks, codec)
-    assert [talk.episode_return for talk in talks] == [0.04, None, None, 0.04]
-    assert talks[2].env_mask == [0] and tb.episode_reward([], [], [1.0, None]) == [1.0, None]
+    codec = talking(make_policy())
+    columns = tb.trl_columns(play(codec, Breaks(4), [Task("a", "2")] * 4, "+1", "+1"), codec)
+    assert columns["episode_return"] == [0.04, None, None, 0.04]
+    assert columns["env_mask"][2] == [0] and len(columns["completion_ids"][1]) == 3
+    assert tb.episode_reward([], [], columns["episode_return"]) == [0.04, None, None, 0.04]
 
 
 @pytest.mark.parametrize(("family", "env"), [("SmallLM", Paid), ("Llama", Paid), ("SmallLM", Breaks)])
@@ -346,24 +347,25 @@ def test_an_aborted_episode_has_no_return_and_its_siblings_go_on():
 def test_two_steps_of_grpo_trainer(family, env, tmp_path):
     policy, batches = make_policy(family), []
     tasks = [Task("one", "1"), Task("two", "2")]
-    roll = tb.trl_rollout_func(env, tasks, policy.codec, max_new_tokens=4)
+    roll = tb.trl_rollout_func(env, tasks, talking(policy), max_new_tokens=4)
 
     def watched(prompts, trainer):
-        model, training = policy.model, trainer.model.training
+        training = trainer.model.training
         out = roll(prompts, trainer)
         assert trainer.model.training == training
         batches.append((prompts, out))
+        names = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
         with torch.no_grad():  # what the sampler reports is what a fresh pass gives
-            for p, c, lp, mask in zip(*(out[k] for k in ("prompt_ids", "completion_ids", "logprobs", "env_mask"))):
-                logits = model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1].float().log_softmax(-1)
+            for p, c, lp, mask in zip(*(out[name] for name in names), strict=True):
+                logits = policy.model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1].float().log_softmax(-1)
                 fresh = logits[range(len(c)), c] * torch.tensor(mask)
                 assert torch.allclose(fresh, torch.tensor(lp), atol=1e-5)
+                assert len(p) + len(c) <= trainer.max_completion_length
         return out
 
-    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2, "max_completion_length": 64}
-    fields = tb.trainer_settings(
-        str(tmp_path), torch.device("cpu"), sizes | {"learning_rate": 1e-2, "logging_steps": 1}
-    )
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2, "max_completion_length": 48}
+    sizes |= {"learning_rate": 1e-2, "logging_steps": 1}
+    fields = tb.trainer_settings(str(tmp_path), torch.device("cpu"), sizes)
     start = weights(policy)
     with tb.lent_to_trl(policy.model) as model:
         args, data = trl.GRPOConfig(**fields), datasets.Dataset.from_list(tb.trl_rows(tasks))

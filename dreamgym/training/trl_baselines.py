@@ -27,9 +27,9 @@ from .policy import Policy, TurnCodec
 from .rollout import RolloutConfig, rollout
 
 # %% auto #0
-__all__ = ['TrunkView', 'TiedHead', 'SmallLMView', 'require_trl', 'trl_model', 'lent_to_trl', 'trainer_settings', 'run_trainer',
-           'sft_rows', 'sft_agent', 'situation', 'good_actions', 'dpo_pairs', 'dpo_rows', 'dpo_agent',
-           'conversation_row', 'trl_columns', 'trl_rows', 'episode_reward', 'trl_rollout_func']
+__all__ = ['TrunkView', 'TiedHead', 'SmallLMView', 'require_trl', 'trl_model', 'accelerate_as_before', 'lent_to_trl',
+           'trainer_settings', 'run_trainer', 'sft_rows', 'sft_agent', 'situation', 'good_actions', 'dpo_pairs',
+           'dpo_rows', 'dpo_agent', 'conversation_row', 'trl_columns', 'trl_rows', 'episode_reward', 'trl_rollout_func']
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #9267b078
 class TrunkView(nn.Module):
@@ -85,14 +85,28 @@ def require_trl() -> tuple[Any, Any]:  # the modules trl and datasets
         raise MissingExtra(error.name or "trl", "pip install 'dreamgym[trl]'") from None
     return trl, datasets
 
-# %% ../../nbs/training/35c_trl_baselines.ipynb #16eb0efd
+
 def trl_model(
     model: Any,  # PreTrainedModel
 ) -> Any:  # a view of a `SmallLM`; any other model itself
     """The model as TRL's trainers take it. Weights are shared."""
     return SmallLMView(model) if isinstance(model, SmallLMForCausalLM) else model
 
+# %% ../../nbs/training/35c_trl_baselines.ipynb #16eb0efd
+@contextmanager
+def accelerate_as_before() -> Iterator[None]:
+    """Gives accelerate's global state back as it was."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    kept = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)]
+    try:
+        yield
+    finally:
+        for kind, state in kept:
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+# %% ../../nbs/training/35c_trl_baselines.ipynb #d6a2de70
 @contextmanager
 def lent_to_trl(
     model: Any,  # PreTrainedModel, on its device
@@ -105,7 +119,7 @@ def lent_to_trl(
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), accelerate_as_before():
             warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers
             yield trl_model(model)
     finally:

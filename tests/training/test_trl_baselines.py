@@ -182,6 +182,17 @@ def test_the_telemetry_switch_is_on_inside(monkeypatch):
     assert states == [True] and constants.HF_HUB_DISABLE_TELEMETRY is False
 
 
+def test_an_accelerator_of_our_own_keeps_its_settings():
+    """TRL's trainers reset accelerate's global state; precision and accumulation would change under our feet."""
+    from accelerate import Accelerator
+
+    with tb.accelerate_as_before():
+        ours = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+        policy = make_policy()
+        tb.sft_agent(policy, examples_of(policy), 1, 8)
+        assert (ours.mixed_precision, ours.gradient_accumulation_steps) == ("bf16", 3)
+
+
 def test_nothing_to_train_on_is_an_error():
     policy = make_policy()
     with pytest.raises(DataError, match="SFT"):

@@ -58,7 +58,7 @@ def dream_result(
     """A prediction as an environment's answer."""
     truncated = late and not e.terminated
     success = e.reward > 0 if e.terminated or truncated else None
-    info = {"reasoning": e.reasoning, "action_error": action_error(e, mapper), "malformed": not e.valid}
+    info = {"reasoning": e.reasoning, "action_error": action_error(e, mapper), "malformed": e.error}
     actions = mapper.admissible_actions(e.next_state)
     return StepResult(e.next_state, "", e.reward, e.terminated, truncated, success, None, actions, info)
 
@@ -95,7 +95,11 @@ class DreamEnv:
         experiences = self.model.predict([d.query(a, keep) for d, a in zip(dreams, actions, strict=True)])
         for dream, experience in zip(dreams, experiences, strict=True):
             dream.advance(experience)
-        return [dream_result(e, d.turn >= self.max_turns, mapper) for d, e in zip(dreams, experiences, strict=True)]
+        results = [dream_result(e, d.turn >= self.max_turns, mapper) for d, e in zip(dreams, experiences, strict=True)]
+        for slot, result in zip(slots, results, strict=True):
+            if result.done:
+                self._dreams[slot] = None
+        return results
 
     def close(self) -> None:
         """Forgets all dreams."""
@@ -104,5 +108,5 @@ class DreamEnv:
     def _running(self, slot: int) -> _Dream:
         dream = self._dreams[slot]
         if dream is None:
-            raise ValueError(f"slot {slot} has no dream; call reset first")
+            raise ValueError(f"slot {slot} has no dream that goes on; call reset first")
         return dream

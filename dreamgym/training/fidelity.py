@@ -272,7 +272,7 @@ def dream_steps(
     turns, task = trajectory.turns, trajectory.task
     states = [*(turn.state for turn in turns), trajectory.final_state]
     for i, turn in enumerate(turns):
-        error = str(turn.info.get("malformed") or "")
+        error = turn.info.get("malformed", "")
         yield Experience(
             state=turn.state,
             action=turn.action,

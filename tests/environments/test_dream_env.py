@@ -111,6 +111,8 @@ def test_the_last_turn_can_still_win():
     env.reset([0], TASKS[:1])
     (won,) = env.step([0], ["look"])
     assert (won.reward, won.terminated, won.truncated, won.success) == (1.0, True, False, True)
+    with pytest.raises(ValueError, match="slot 0 has no dream that goes on"):
+        env.step([0], ["look"])
 
 
 def test_slots_are_independent_and_one_call_serves_them_all():

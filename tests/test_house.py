@@ -21,7 +21,7 @@ TORCH_ROOMS = {
     "core.language_model",
     "core.generators",
     "models.experience_sft",
-    *(f"training.{name}" for name in ("policy", "rollout", "advantages", "ppo", "baselines", "trl_baselines")),
+    *(f"training.{name}" for name in ("policy", "rollout", "advantages", "ppo", "grpo", "baselines", "trl_baselines")),
     *(f"training.{name}" for name in ("preparation", "checkpoints", "trainer")),
     *(f"training.{name}" for name in ("train", "evaluate")),
 }

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['pad_episodes', 'discounted_sums', 'two_level_gae', 'truncation_bootstrap', 'rank_sum', 'moments', 'whiten',
-           'group_ids', 'group_moments', 'flat_fraction', 'grpo_advantages', 'rloo_advantages', 'gigpo_advantages']
+__all__ = ['Estimator', 'pad_episodes', 'discounted_sums', 'two_level_gae', 'truncation_bootstrap', 'rank_sum', 'moments',
+           'whiten', 'group_ids', 'group_moments', 'flat_fraction', 'grpo_advantages', 'rloo_advantages',
+           'gigpo_advantages', 'turn_advantages']
 
 # %% ../../nbs/training/32_advantages.ipynb #96cc5099
 def pad_episodes(
@@ -169,3 +170,26 @@ def gigpo_advantages(
     steps = group_ids(list(zip(of_turn.tolist(), anchors, strict=True)))
     episode = grpo_advantages((rewards * mask).sum(1), groups, scale)
     return episode[:, None].expand_as(mask)[mask] + step_weight * grpo_advantages(returns, steps, scale)
+
+# %% ../../nbs/training/32_advantages.ipynb #d5253cb9
+Estimator = Literal["grpo", "dr-grpo", "rloo", "gigpo"]
+
+
+def turn_advantages(
+    rewards: Tensor,  # (B, T) paid for each turn, padded on the right
+    mask: Tensor,  # (B, T) True on real turns
+    groups: Tensor,  # (B,) group numbers
+    states: Sequence[Hashable],  # (M,) in which each turn began, for GiGPO
+    estimator: Estimator = "grpo",
+    gamma: float = 0.95,  # discount of GiGPO's step returns
+    step_weight: float = 1.0,  # weight of GiGPO's step groups
+) -> Tensor:  # (M,) one advantage per turn, episode after episode
+    """Advantages of all turns, by one of the group estimators."""
+    if estimator == "gigpo":
+        return gigpo_advantages(rewards, mask, groups, states, gamma, step_weight)
+    returns = (rewards * mask).sum(1)
+    if estimator == "rloo":
+        advantages = rloo_advantages(returns, groups)
+    else:
+        advantages = grpo_advantages(returns, groups, scale=estimator == "grpo")
+    return advantages[:, None].expand_as(mask)[mask]

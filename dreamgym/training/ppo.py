@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import SUPPORTED_NODES, register_dataclass
 
 from ..core.data_structures import Trajectory, Turn
 from ..core.errors import ConfigError, DreamGymError
@@ -121,10 +120,6 @@ class TokenBatch:
         return replace(self, rows=[self.rows[i] for i in chosen], counts=counts, **picked)
 
 # %% ../../nbs/training/33_ppo.ipynb #d7e1d332
-if TokenScores not in SUPPORTED_NODES:
-    register_dataclass(TokenScores)
-
-
 def bare(policy: Any) -> Any:
     """The policy inside a wrapper, or itself."""
     return getattr(policy, "module", policy)

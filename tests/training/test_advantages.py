@@ -165,7 +165,7 @@ def test_whitening_is_global_over_packed_and_unpacked_rows(policy):
 
 
 def test_group_statistics_count_each_episode_once(policy):
-    """Returns 1 and 0; the first episode has five times the tokens, and yet the mean is 1/2."""
+    """Returns 1 and 0 have mean 1/2: a member is a member (test_grpo.py has episodes of many and few tokens)."""
     mean, std, size = group_moments(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     assert mean.tolist() == [0.5, 0.5] and std.tolist() == [0.5, 0.5] and size.tolist() == [2, 2]
 

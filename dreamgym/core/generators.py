@@ -193,7 +193,10 @@ class _DecodeState:
 # %% ../../nbs/core/03a_generators.ipynb #41354f46
 def pack(state: _DecodeState) -> None:
     """Squeezes out the holes between tokens; only padding on the left is left."""
-    columns = state.mask.int().argsort(dim=1, stable=True)[:, -int(state.lengths.max()) :]
+    width = int(state.lengths.max())
+    if width == state.mask.shape[1] and bool((state.mask[:, 1:] >= state.mask[:, :-1]).all()):
+        return  # there are none
+    columns = state.mask.int().argsort(dim=1, stable=True)[:, -width:]
     state.mask = state.mask.gather(1, columns)
     state.cache.pack(columns)
 
@@ -290,7 +293,9 @@ class _Conversations:
         old = [i for i, (_, ids) in enumerate(known) if ids and len(ids) < len(prompts[i]) and _begins(prompts[i], ids)]
         new, states = [i for i in range(len(prompts)) if i not in set(old)], []
         if old:
-            self.state.select(torch.tensor([known[i][0] for i in old], device=model.device))
+            rows = [known[i][0] for i in old]
+            if rows != list(range(len(self.state.mask))):
+                self.state.select(torch.tensor(rows, device=model.device))
             states.append(read_texts(model, [prompts[i][len(known[i][1]) :] for i in old], self.state))
             self.reused += sum(len(known[i][1]) for i in old)
         if new:

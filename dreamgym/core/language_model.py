@@ -208,9 +208,10 @@ class BufferedCache(Cache):
         columns: Tensor,  # (B, W) indices of columns, in their order
     ) -> None:
         """Keeps the given columns of each row."""
-        at = columns[:, None, :, None]
         for layer in self.layers:
-            layer.put(layer.keys.take_along_dim(at, 2), layer.values.take_along_dim(at, 2), layer.past)
+            held = (layer.keys, layer.values)
+            at = [columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]) for x in held]
+            layer.put(layer.keys.gather(2, at[0]), layer.values.gather(2, at[1]), layer.past)
 
     def join(
         self,

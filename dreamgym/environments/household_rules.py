@@ -264,7 +264,7 @@ def _item_near(state: HouseState, item: str, variant: Variant) -> bool | None:
 # %% ../../nbs/environments/11c_household_rules.ipynb #49d1e5e6
 def _check_go(state: HouseState, variant: Variant, verb: str, place: str) -> Verdict:
     r, reach = state.receptacles.get(place), _reach(state, place, variant)
-    seen = "missing" if r is None else "seen" if r.seen else _condition(state, place)
+    seen = "missing" if r is None else "here" if place == state.at else "seen" if r.seen else _condition(state, place)
     ok = every(r is not None, None if reach is None else not reach)
     return Verdict(ok, (_at(state, place, reach), f"{place} {seen}"))
 

@@ -125,15 +125,15 @@ class HouseState:
 
     def text(self) -> str:
         """The abstract state as text."""
-        lines = [f"task: {self.task}", f"at: {self.at}", f"hold: {self.hold}"]
-        unseen = []
+        lines, unseen = [f"task: {self.task}", f"at: {self.at}", f"hold: {self.hold}"], []
         for name in sorted(self.receptacles, key=entity_order):
             r = self.receptacles[name]
-            if r.visited or r.contents:
-                lines.append(f"{name}: {r.text()}")
-            else:
+            if not r.visited and not r.contents:
                 unseen.append(name)
+            elif name != self.at:
+                lines.append(f"{name}: {r.text()}")
         lines += [f"unseen: {', '.join(unseen)}"] if unseen else []
+        lines += [f"{self.at}: {self.here.text()}"] if self.here.visited or self.here.contents else []
         lines += [f"near {place}: {self.near[place]}" for place in sorted(self.near, key=entity_order)]
         return "\n".join([*lines, f"last: {self.last}"])
 

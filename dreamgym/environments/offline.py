@@ -20,7 +20,8 @@ from .base_env import Environment
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'EXPERT', 'RANDOM', 'Behaviour', 'record', 'experiences_of', 'save_experiences', 'load_experiences']
+__all__ = ['log', 'EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'experiences_of', 'save_experiences',
+           'load_experiences']
 
 # %% ../../nbs/environments/16_offline.ipynb #e8d58377
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,18 @@ def record(
     return episodes
 
 # %% ../../nbs/environments/16_offline.ipynb #c758446e
+def near_miss(
+    other: str,  # an action of another time or world
+    possible: str,  # an action that is possible now
+    words: int,  # of the end of `possible`; 0: none
+) -> str:
+    """The beginning of one action with the end of another."""
+    head, tail = other.split(), possible.split()
+    if not 0 < words < min(len(head), len(tail)):
+        return other
+    return " ".join([*head[:-words], *tail[-words:]])
+
+# %% ../../nbs/environments/16_offline.ipynb #537b2356
 class _Recorder:
     """Chooses actions and writes rows."""
 
@@ -89,15 +102,10 @@ class _Recorder:
         if self.random.random() >= self.behaviour.noise:
             assert self.env.expert is not None
             return self.env.expert(batch, slot, self.seed), "expert"
-        miss = self.random.random() < self.behaviour.near_miss
-        action = self.near_miss(possible, rows) if miss else self.random.choice(possible)
+        action, pools = self.random.choice(possible), [[row.action for row in rows] or self.elsewhere, self.elsewhere]
+        if self.random.random() < self.behaviour.near_miss:
+            action = near_miss(self.random.choice(self.random.choice(pools)), action, self.random.choice([0, 1, 2]))
         return action, "random" if self.behaviour.noise == 1 else "noise"
-
-    def near_miss(self, possible: list[str], rows: list[Experience]) -> str:
-        pool = self.random.choice([[row.action for row in rows] or self.elsewhere, self.elsewhere])
-        words, end = self.random.choice(pool).split(), self.random.choice([0, 1, 2])  # words of another action's end
-        tail = self.random.choice(possible).split()[-end:] if 0 < end < len(words) else []
-        return " ".join([*words[: len(words) - len(tail)], *tail])
 
     def row(self, task: Task, before: StepResult, action: str, who: str, result: StepResult, turn: int) -> Experience:
         annotate = self.env.annotate

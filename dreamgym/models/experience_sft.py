@@ -20,7 +20,7 @@ from ..environments.base_env import StateMapper
 from .reasoning_model import ExperiencePrompts, Query, render_target
 
 # %% auto #0
-__all__ = ['training_queries', 'encode_examples', 'endless_batches', 'learning_rate', 'balanced_rows', 'transition_kind',
+__all__ = ['training_queries', 'encode_examples', 'endless_batches', 'learning_rate', 'balanced_rows', 'transition_kinds',
            'example_loss', 'adamw', 'train_on_examples']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
@@ -97,17 +97,25 @@ def balanced_rows(
     seed: int = 0,
 ) -> list[int]:  # indices of rows
     """Draws rows so that rare kinds of transition are seen more often than their share."""
-    kinds = [transition_kind(e, mapper) for e in experiences]
+    kinds = transition_kinds(experiences, mapper)
     counts = Counter(kinds)
     weights = torch.tensor([counts[kind] ** -balance for kind in kinds], dtype=torch.float64)
     random = torch.Generator().manual_seed(seed)
     return torch.multinomial(weights, size or len(kinds), replacement=True, generator=random).tolist()
 
 
-def transition_kind(e: Experience, mapper: StateMapper) -> tuple[str, str]:  # such as ('take', 'failed')
-    """Verb and outcome."""
-    failed = mapper.merge(e.state, f"fail {e.action}") == e.next_state
-    return e.action.split(" ")[0], "rewarded" if e.reward > 0 else "failed" if failed else "worked"
+def transition_kinds(
+    experiences: Sequence[Experience],
+    mapper: StateMapper,
+) -> list[tuple[str, str]]:  # such as ('take', 'failed'); a word that never worked is no verb
+    """Verb and outcome of each transition."""
+    failed = [mapper.merge(e.state, f"fail {e.action}") == e.next_state for e in experiences]
+    verbs = {e.action.split(" ")[0] for e, lost in zip(experiences, failed, strict=True) if not lost}
+    outcomes = [
+        "rewarded" if e.reward > 0 else "failed" if f else "worked" for e, f in zip(experiences, failed, strict=True)
+    ]
+    words = [e.action.split(" ")[0] for e in experiences]
+    return [(word if word in verbs else "", outcome) for word, outcome in zip(words, outcomes, strict=True)]
 
 # %% ../../nbs/models/23_experience_sft.ipynb #dcf7b299
 def example_loss(

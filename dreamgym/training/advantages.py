@@ -35,10 +35,10 @@ def discounted_sums(
     factors: Tensor,  # (B, L) c, 0 on the last token of each line
 ) -> Tensor:  # (B, L) A with A_t = delta_t + c_t A_{t+1}
     """Solves the backward recursion of a discounted sum by doubling."""
-    reach = 1
+    terms, factors, reach = terms.clone(), factors[:, :-1], 1  # factors: products of `reach` of them
     while reach < terms.shape[1]:
-        terms = terms + factors * F.pad(terms[:, reach:], (0, reach))
-        factors = factors * F.pad(factors[:, reach:], (0, reach))
+        terms[:, :-reach] += factors * terms[:, reach:]
+        factors = factors[:, :-reach] * factors[:, reach:]
         reach *= 2
     return terms
 

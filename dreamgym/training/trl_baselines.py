@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..core.data_structures import Experience, Task, Trajectory
-from ..core.errors import ConfigError, DataError, MissingExtra
+from ..core.errors import ConfigError, DataError
 from ..core.generators import TransformersGenerator
 from ..core.language_model import LanguageModel, SmallLMForCausalLM, SmallPreTrained
 from ..environments.base_env import BatchEnv
@@ -27,9 +27,9 @@ from .policy import Policy, TurnCodec
 from .rollout import RolloutConfig, rollout
 
 # %% auto #0
-__all__ = ['TrunkView', 'TiedHead', 'SmallLMView', 'require_trl', 'trl_model', 'accelerate_as_before', 'lent_to_trl',
-           'trainer_settings', 'run_trainer', 'sft_rows', 'sft_agent', 'situation', 'good_actions', 'dpo_pairs',
-           'dpo_rows', 'dpo_agent', 'conversation_row', 'trl_columns', 'trl_rows', 'episode_reward', 'trl_rollout_func']
+__all__ = ['TrunkView', 'TiedHead', 'SmallLMView', 'trl_model', 'accelerate_as_before', 'lent_to_trl', 'trainer_settings',
+           'run_trainer', 'sft_rows', 'sft_agent', 'situation', 'good_actions', 'dpo_pairs', 'dpo_rows', 'dpo_agent',
+           'conversation_row', 'trl_columns', 'trl_rows', 'episode_reward', 'trl_rollout_func']
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #9267b078
 class TrunkView(nn.Module):
@@ -76,16 +76,6 @@ class SmallLMView(SmallPreTrained, GenerationMixin):
         return TiedHead(self.model.small.token_embeddings())
 
 # %% ../../nbs/training/35c_trl_baselines.ipynb #9aaf5b1d
-def require_trl() -> tuple[Any, Any]:  # the modules trl and datasets
-    """Imports TRL. Raises MissingExtra without it."""
-    try:
-        import datasets
-        import trl
-    except ImportError as error:
-        raise MissingExtra(error.name or "trl", "pip install 'dreamgym[trl]'") from None
-    return trl, datasets
-
-
 def trl_model(
     model: Any,  # PreTrainedModel
 ) -> Any:  # a view of a `SmallLM`; any other model itself
@@ -112,9 +102,9 @@ def lent_to_trl(
     model: Any,  # PreTrainedModel, on its device
 ) -> Iterator[Any]:  # `trl_model(model)`
     """Lends a model to TRL in silence; afterwards it is in eval mode and has its own `forward` again."""
+    import datasets
     from huggingface_hub import constants
 
-    _, datasets = require_trl()
     telemetry, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
@@ -179,7 +169,9 @@ def sft_agent(
     """Supervised fine-tuning by TRL's `SFTTrainer`. Raises DataError without rows."""
     if not examples:
         raise DataError("SFT: expected rows to train on, got none; record demonstrations first")
-    trl, datasets = require_trl()
+    import datasets
+    import trl
+
     asked = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "learning_rate": lr, "seed": seed}
     with tempfile.TemporaryDirectory() as folder, lent_to_trl(policy.model) as model:
         settings = trainer_settings(folder, policy.model.device, {"max_length": None} | asked | options)
@@ -262,7 +254,9 @@ def dpo_agent(
     """Direct preference optimisation by TRL's `DPOTrainer`. Raises DataError without pairs."""
     if not pairs:
         raise DataError("DPO: expected pairs to train on, got none; it needs failed actions where an expert acted too")
-    trl, datasets = require_trl()
+    import datasets
+    import trl
+
     asked = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "learning_rate": lr, "seed": seed}
     reference = trl_model(copy.deepcopy(policy.model))
     with tempfile.TemporaryDirectory() as folder, lent_to_trl(policy.model) as model:

@@ -6,23 +6,20 @@ import copy
 import os
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
+import trl
 
 from dreamgym.core.data_structures import Experience, StepResult, Task
 from dreamgym.core.errors import ConfigError, DataError
 from dreamgym.core.generators import Generation
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import CountingEnv
+from dreamgym.models.experience_sft import example_loss
+from dreamgym.training import trl_baselines as tb
 from dreamgym.training.policy import Policy, TurnCodec
 from dreamgym.training.rollout import RolloutConfig, rollout
-
-trl = pytest.importorskip("trl")
-
-import datasets  # noqa: E402
-
-from dreamgym.models.experience_sft import example_loss  # noqa: E402
-from dreamgym.training import trl_baselines as tb  # noqa: E402
 
 DOORS = [f"door {i}" for i in range(1, 5)]
 CHATML = (

@@ -426,14 +426,24 @@ def goal_trace(
         lamps = [i for i in within_reach(after) if type_of(i) == goal.lamp]
         facts = [_hold(after), " and ".join(lamps) or "no lamp"]
     elif goal.place and verb == "move":
-        contents = after.receptacles.get(names[1], Receptacle()).contents or ()
-        moved = next((i for i in contents if name_of(i) == names[0]), names[0])
-        others = [name_of(i) for i in contents if _fits_goal(i, goal) and name_of(i) != names[0]]
-        more = [f"with {' and '.join(others)}" if others else "alone"] if goal.count > 1 else []
-        facts = [f"{moved} in {type_of(names[1])}", *more]
+        facts = _delivery(after.receptacles.get(names[1], Receptacle()).contents or (), *names, goal)
     else:
         return []
     return [f"goal {goal.text()}", *facts, "done" if goal_holds(after, goal) else "not yet"]
+
+
+def _delivery(contents: tuple[str, ...], item: str, place: str, goal: HouseGoal) -> list[str]:
+    """Each condition on its own: the thing, its property, the place, and what else is there."""
+    moved = next((i for i in contents if name_of(i) == item), item)
+    others = [name_of(i) for i in contents if _fits_goal(i, goal) and name_of(i) != item]
+    facts = [moved, _is(type_of(item), goal.item)]
+    facts += [f"{'is' if goal.prop in moved.split(' ') else 'not'} {goal.prop}"] if goal.prop else []
+    more = [f"with {' and '.join(others)}" if others else "alone"] if goal.count > 1 else []
+    return [*facts, _is(type_of(place), goal.place), *more]
+
+
+def _is(actual: str, wanted: str) -> str:
+    return f"{actual} {'is' if actual == wanted else 'not'} {wanted}"
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #f6c1ddaf
 def violations(

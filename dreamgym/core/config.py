@@ -94,6 +94,17 @@ class ReasoningModelConfig(Section):
         0.5, ge=0, le=1, description="pull to equal shares of all kinds of transition; 0: none [ours]"
     )
     annotation: Literal["rules", "llm"] = Field("rules", description="who writes the reasoning in the data [ours]")
+    provider: Literal["local", "openai", "anthropic"] = Field(
+        "local", description="who runs it: this process, a server of chat completions, Anthropic [ours]"
+    )
+    base_url: str = Field("", description="address of a server, as http://127.0.0.1:8000/v1; '': the provider's [ours]")
+    concurrency: int = Field(16, gt=0, description="calls to a server at a time [ours]")
+    price_input: float = Field(0.0, ge=0, description="price of a prompt (USD per million tokens) [ours]")
+    price_output: float = Field(0.0, ge=0, description="price of a reply (USD per million tokens) [ours]")
+    cost_limit: float | None = Field(
+        None, gt=0, description="calls stop before they cost more (USD); null: none [ours]"
+    )
+    cache: str | None = Field(None, description="SQLite file that keeps a server's replies; null: none [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #29cd0917
 class PolicyModelConfig(Section):

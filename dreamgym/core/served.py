@@ -86,7 +86,7 @@ def clean_text(
 def anthropic_body(
     request: Request,
     model: str,
-) -> dict[str, Any]:  # JSON of a POST to /v1/messages
+) -> dict[str, Any]:  # JSON of a POST to /messages
     """Anthropic's messages; its temperatures end at 1."""
     messages = [{"role": "user", "content": request.prompt}]
     body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": request.max_new_tokens}
@@ -121,8 +121,8 @@ DIALECTS: Mapping[str, Dialect] = {
         openai_reply,
     ),
     "anthropic": Dialect(
-        "https://api.anthropic.com",
-        "/v1/messages",
+        "https://api.anthropic.com/v1",
+        "/messages",
         "ANTHROPIC_API_KEY",
         "x-api-key",
         "",

@@ -38,7 +38,7 @@ TEXT_FAULTS = {"bad json": "bad JSON", "wrong schema": "wrong schema", "nan rewa
 class Handler(BaseHTTPRequestHandler):
     """Chat completions and messages."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     server: "LLMServer"
 
     def do_POST(self) -> None:
@@ -109,6 +109,7 @@ class LLMServer(ThreadingHTTPServer):
         self.faults: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.lock, self.released = threading.Lock(), threading.Event()  # the end of hangs
         self.flying = self.most_flying = 0
         self.connections: list[socket.socket] = []
@@ -126,6 +127,7 @@ class LLMServer(ThreadingHTTPServer):
         with self.lock:
             self.bodies.append(body)
             self.headers.append(dict(handler.headers))
+            self.paths.append(handler.path)
             self.flying += 1
             self.most_flying = max(self.most_flying, self.flying)
             spared = self.only not in body["messages"][-1]["content"] or self.random.random() >= self.rate

@@ -111,7 +111,7 @@ def test_chat_completions(clients):
     assert [m["role"] for m in body["messages"]] == ["system", "user"] and body["max_tokens"] == 7
     assert body["top_p"] == 0.9 and "temperature" not in body
     assert body["response_format"]["json_schema"]["schema"] == STEP
-    assert "Authorization" not in server.headers[0]
+    assert "Authorization" not in server.headers[0] and server.paths == ["/v1/chat/completions"]
 
 
 def test_anthropic_messages(clients, monkeypatch):
@@ -120,6 +120,7 @@ def test_anthropic_messages(clients, monkeypatch):
         client = clients(server, "claude", "anthropic")
         assert client.complete([Request("look", "You are a household.", schema=STEP)])[0].text == GOOD
     body, headers = server.bodies[0], server.headers[0]
+    assert server.paths == ["/v1/messages"]
     assert body["system"] and body["output_config"]["format"]["schema"] == STEP
     assert headers["x-api-key"] == CANARY and headers["anthropic-version"] and "Authorization" not in headers
 
@@ -130,16 +131,10 @@ def test_openai_itself_has_its_own_token_limit():
 
 
 def test_a_server_without_structured_output_is_parsed_instead(clients):
-    def answer(body):
-        return f"Here: {GOOD}"
-
-    with running(LLMServer(answer, faults=("400",), only="with schema")) as server:
-        server.says = "Unsupported parameter: response_format"
+    with running(LLMServer(lambda body: f"Here: {GOOD}", faults=("400",))) as server:
+        server.says, server.arrived = "Unsupported parameter: response_format", once(server.arrived, server)
         client = clients(server, concurrency=1)
-        server.only = "first"
         requests = [Request("first", schema=STEP), Request("second", schema=STEP)]
-        server.kinds = ("400",)
-        server.arrived = once(server.arrived, server)
         assert [reply.text for reply in client.complete(requests)] == [GOOD, GOOD]
     assert ["response_format" in body for body in server.bodies] == [True, False, False]
 
@@ -290,6 +285,10 @@ def test_an_interrupt_cancels_the_batch_and_the_client_lives_on(clients):
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             client.complete([Request("bad")])
+        deadline = time.monotonic() + 5
+        while asyncio.all_tasks(client.connection[0].loop) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not asyncio.all_tasks(client.connection[0].loop), "the call in flight was cancelled"
         assert client.complete([Request("look")])[0].text == "LOOK"
         before = threading.active_count()
         client.close()
@@ -412,6 +411,9 @@ def test_threads_share_a_cache_and_a_full_disk_costs_no_run(tmp_path, caplog):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len(cache) == 200 and {cache.get(key).text for key in keys} <= {"one", "two"}
+    first = cache.get(keys[0])
+    cache.put(keys[0], Reply("later"))
+    assert cache.get(keys[0]) == first, "whoever reads later sees what the first reader saw"
     cache.db.execute("PRAGMA max_page_count=1")
     cache.put("new", Reply("mug " * 100_000))
     assert cache.dropped == 1 and cache.get("new") is None and "full" in caplog.text
@@ -481,7 +483,7 @@ def test_the_config_describes_a_client(tmp_path):
         cache=str(tmp_path / "r.sqlite"),
     )
     client = served_client(section)
-    assert client.server.address == "https://api.anthropic.com" and client.ledger.cost_limit == 2
+    assert client.server.address == "https://api.anthropic.com/v1" and client.ledger.cost_limit == 2
     assert client.cache.path == str(tmp_path / "r.sqlite") and client.concurrency == 16
     for wrong in (dict(), dict(provider="openai"), dict(name="llama")):
         with pytest.raises(ConfigError, match="expected a served model"):

@@ -23,11 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError, unknown_name
 
 # %% auto #0
-__all__ = ['SECTIONS', 'unknown_key', 'describe_problem', 'Section', 'ReasoningModelConfig', 'PolicyModelConfig', 'BufferConfig',
-           'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig', 'Config', 'config_keys', 'elsewhere',
-           'check_tree', 'NumberLoader', 'parse_value', 'read_tree', 'project_root', 'project_path', 'resolve_preset',
-           'preset_path', 'split_override', 'parse_overrides', 'load_config', 'check_parameters', 'save_config',
-           'config_hash', 'config_template']
+__all__ = ['SECTIONS', 'REPORTING', 'unknown_key', 'describe_problem', 'Section', 'ReasoningModelConfig', 'PolicyModelConfig',
+           'BufferConfig', 'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig', 'Config',
+           'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value', 'read_tree', 'project_root',
+           'project_path', 'resolve_preset', 'preset_path', 'split_override', 'parse_overrides', 'load_config',
+           'check_parameters', 'save_config', 'config_hash', 'config_template']
 
 # %% ../../nbs/core/02_config.ipynb #13a2f83b
 def unknown_key(
@@ -132,6 +132,8 @@ class PolicyModelConfig(Section):
     bc_patience: int = Field(2, ge=0, description="passes without a better validation loss before stopping [ours]")
     bc_lr: float = Field(3e-3, gt=0, description="peak learning rate of cloning [ours]")
     bc_batch_size: int = Field(32, gt=0, description="turns per update of cloning [ours]")
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA in reinforcement learning; 0: all weights train [ours]")
+    gradient_checkpointing: bool = Field(False, description="activations are computed twice, not kept [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #24c11b0a
 class BufferConfig(Section):
@@ -139,12 +141,20 @@ class BufferConfig(Section):
 
     section: ClassVar[str] = "buffer"
     capacity: int = Field(100_000, gt=0, description="most experiences in the index (rows) [ours]")
+    eviction: Literal["fifo", "quality", "novelty"] = Field(
+        "fifo", description="beyond capacity: the oldest leave, those of lowest quality, or repeats [ours]"
+    )
     quality_threshold: float = Field(0.0, ge=0, le=1, description="lowest quality that is admitted [ours]")
     synthetic_ratio: float = Field(1.0, ge=0, le=1, description="share of training episodes in the dream [paper]")
     top_k: int = Field(1, ge=0, description="experiences retrieved per prediction; 0: no replay [ours]")
     same_world: bool = Field(True, description="retrieve only from the world of the task [ours]")
     action_weight: float = Field(0.5, ge=0, le=1, description="weight of the action's similarity [ours]")
-    encoder: Literal["hashing"] = Field("hashing", description="text encoder of the index [ours]")
+    encoder: str = Field(
+        "hashing",
+        pattern=r"^(hashing|(sentence|served):\S.*)$",
+        description="'hashing', 'sentence:<name or folder>' of sentence-transformers, 'served:<model>' [ours]",
+    )
+    encoder_url: str = Field("", description="served encoder: its address, as http://127.0.0.1:8000/v1 [ours]")
     same_action: bool = Field(True, description="with same_world: only rows of exactly that action [ours]")
     encoder_dim: int = Field(256, gt=0, description="width of an embedding [ours]")
 
@@ -153,32 +163,55 @@ class CurriculumConfig(Section):
     """Section `curriculum`: which tasks are trained on."""
 
     section: ClassVar[str] = "curriculum"
-    difficulty_increment: float = Field(0.0, ge=0, description="pull to harder tasks per iteration; 0: uniform [ours]")
+    difficulty_increment: float = Field(
+        0.0, ge=0, description="growth per iteration of the pull to hard, unsettled tasks; 0: uniform [ours]"
+    )
     synthetic_fraction_max: float = Field(0.0, ge=0, le=1, description="largest share of generated tasks, λ [paper]")
     seed_tasks: int | None = Field(None, gt=0, description="seed tasks; null: the whole training split (tasks) [ours]")
+    shown_tasks: int = Field(3, gt=0, description="tasks of high reward variance in a request, m (tasks) [ours]")
+    candidates: int = Field(4, gt=0, description="variations to select from, for each generated task [ours]")
+    clusters: int = Field(24, gt=0, description="clusters of tasks that are groups where ppo has none [ours]")
+    decay: float = Field(0.9, gt=0, le=1, description="weight that outcomes keep from iteration to iteration [ours]")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of a task's variations [ours]")
+    generated_max: int = Field(1000, gt=0, description="generated tasks that are kept, the newest (tasks) [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #4bf719af
 class RLConfig(Section):
     """Section `rl`: the policy update."""
 
     section: ClassVar[str] = "rl"
-    algorithm: Literal["ppo", "rft"] = Field("ppo", description="PPO, or fine-tuning on own successes [paper]")
+    algorithm: Literal["ppo", "grpo", "rloo", "gigpo", "rft", "sft", "dpo"] = Field(
+        "ppo", description="by a critic, by groups, on own successes, or offline (sft, dpo) [paper]"
+    )
+    group_size: int = Field(8, gt=1, description="episodes per task for grpo, rloo, gigpo [verl-agent]")
     lr: float = Field(5e-4, gt=0, description="learning rate of AdamW [ours]; 1e-6 for 1.5B and more [verl-agent]")
     value_lr: float = Field(5e-3, gt=0, description="learning rate of the value head [ours]; 1e-5 [verl-agent]")
     clip: float = Field(0.2, gt=0, description="largest change of the probability ratio [verl-agent]")
+    dual_clip: float = Field(3.0, gt=1, description="bound of the loss of a bad token; ppo only [verl-agent]")
+    loss_aggregation: Literal["token-mean", "sequence-mean", "dr-grpo"] = Field(
+        "token-mean", description="what the loss of grpo, rloo, gigpo is divided by [ours]"
+    )
+    group_std: bool = Field(True, description="divide group advantages by their std; false: Dr. GRPO [verl-agent]")
+    step_weight: float = Field(1.0, ge=0, description="weight of step groups in gigpo, ω [verl-agent]")
     gamma: float = Field(0.97, gt=0, le=1, description="discount per turn [ours]; 1 [verl-agent]")
     gae_lambda: float = Field(0.9, ge=0, le=1, description="λ of GAE across turns [ours]; 1 [verl-agent]")
+    gamma_token: float = Field(1.0, gt=0, le=1, description="discount per token inside a turn [verl-agent]")
+    lambda_token: float = Field(1.0, ge=0, le=1, description="λ of GAE inside a turn [verl-agent]")
     kl_coef: float = Field(0.005, ge=0, description="weight of KL to the start policy [ours]; 0.01 [verl-agent]")
+    kl_in: Literal["loss", "reward"] = Field("loss", description="k3 in the loss, or k1 in the reward [verl-agent]")
     entropy_coef: float = Field(0.001, ge=0, description="weight of the entropy bonus [verl-agent]")
     value_coef: float = Field(0.5, ge=0, description="weight of the value loss, shared trunk [ours]")
     value_clip: float | None = Field(0.5, gt=0, description="largest change of a value; null: none [verl-agent]")
     value_warmup: int = Field(1, ge=0, description="first iterations that train the value head only [ours]")
     epochs: int = Field(2, gt=0, description="passes over each iteration's turns [ours]; 1 [verl-agent]")
     minibatch: int = Field(256, gt=0, description="turns per update [ours]")
+    token_budget: int = Field(32_768, gt=0, description="padded tokens of one forward pass on one device [ours]")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this [verl-agent]")
     kl_stop: float = Field(0.05, gt=0, description="stop an update above this KL to its behaviour policy (nats) [ours]")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts [verl-agent]")
     invalid_action_penalty: float = Field(0.0, ge=0, description="cost of a failed action [ours]; 0.1 [verl-agent]")
+    dpo_beta: float = Field(0.1, gt=0, description="weight of staying near the clone; dpo only [ours]")
+    dpo_lr: float = Field(1e-4, gt=0, description="peak learning rate; dpo only [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #69f5e7f3
 class TrainingConfig(Section):
@@ -187,7 +220,13 @@ class TrainingConfig(Section):
     section: ClassVar[str] = "training"
     mode: Literal["dream", "real", "s2r"] = Field("dream", description="where the policy trains; s2r: both [paper]")
     num_iterations: int = Field(18, ge=0, description="collect-and-update rounds [ours]")
-    s2r_iterations: int = Field(4, ge=0, description="of these, last ones in the real environment (s2r) [ours]")
+    s2r_iterations: int = Field(4, ge=0, description="iterations in the real environment after the dream (s2r) [ours]")
+    s2r_optimizer: Literal["keep", "reset"] = Field(
+        "keep", description="optimiser and critic of s2r: the dream's, or new ones [ours]"
+    )
+    real_budget: int | None = Field(
+        None, gt=0, description="most real transitions of RL, never exceeded; null: no limit (transitions) [ours]"
+    )
     batch_size: int = Field(256, gt=0, description="episodes per iteration [ours]; 128 [verl-agent]")
     seed: int = Field(0, ge=0, description="seed of every random choice [ours]")
     eval_every: int = Field(3, ge=0, description="iterations between evaluations; 0: only at the end [ours]")
@@ -205,8 +244,10 @@ class TrainingConfig(Section):
     out_dir: str = Field("runs", description="folder of runs, relative to the project's root [ours]")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:1' [ours]")
     threads: int = Field(1, gt=0, description="torch threads on a CPU [ours]")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else no [ours]")
     use_tensorboard: bool = Field(True, description="write event files to logs/<run>/<arm> [ours]")
     use_wandb: bool = Field(False, description="report to Weights & Biases (extra wandb) [ours]")
+    use_trackio: bool = Field(False, description="report to trackio (pip install trackio) [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #88204b92
 class EnvironmentConfig(Section):
@@ -445,9 +486,12 @@ def save_config(
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another training.out_dir") from None
 
 # %% ../../nbs/core/02_config.ipynb #97c824c5
+REPORTING = ("training.out_dir", "training.use_wandb", "training.use_trackio", "training.use_tensorboard")
+
+
 def config_hash(
     config: Config,
-    ignore: Sequence[str] = ("training.out_dir", "training.use_wandb", "training.use_tensorboard"),  # dotted keys
+    ignore: Sequence[str] = REPORTING,  # dotted keys
 ) -> str:  # 12 hexadecimal digits
     """Equal for configurations that describe the same run; where results are reported does not count."""
     tree = config.model_dump()

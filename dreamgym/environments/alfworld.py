@@ -25,6 +25,7 @@ from ..core.errors import ConfigError, DataError, EnvironmentFailure, MissingExt
 from .base_env import Environment, StateMapper, TranscriptMapper
 from .household import Game, HouseholdEngine, decode_game, expert_action
 from .household_games import MAX_TURNS, export_game, game_of, household_tasks, task_of
+from .household_tasks import feasible, varied_game, vary
 
 logger = logging.getLogger(__name__)
 
@@ -434,6 +435,8 @@ def build(
         make=lambda slots: HouseholdEnv(slots, engine_of, max_turns, mapper),
         expert=explorer,
         annotate=annotate,
+        vary=None if games else vary,
+        feasible=None if games else feasible,
         verify=verify,
         info=info | {"max_turns": max_turns},
     )
@@ -467,11 +470,21 @@ def engine_maker(
         return decode_game(games.read(task_id), task_id) if games else game_of(Task(task_id, "", metadata=dict(recipe)))
 
     def make(task: Task) -> Engine:
+        if task.source == "generated":  # by the curriculum
+            return _varied_engine(task, games, engine)
         if engine == "native":
             return HouseholdEngine(game(task.id, tuple(task.metadata.items())))
         return OfficialEngine(json.loads(games.read(task.id)) if games else export_game(game_of(task)))
 
     return make
+
+# %% ../../nbs/environments/12_alfworld.ipynb #7cec58d1
+def _varied_engine(task: Task, games: GameFiles | None, engine: str) -> Engine:
+    """A generated task in its world. Raises EnvironmentFailure for official games, whose goals are their own."""
+    if games:
+        raise EnvironmentFailure(f"task {task.id!r} was generated; an official game cannot be given another goal")
+    game = varied_game(task)
+    return HouseholdEngine(game) if engine == "native" else OfficialEngine(export_game(game))
 
 # %% ../../nbs/environments/12_alfworld.ipynb #128df3bf
 def data_info(

@@ -51,7 +51,8 @@ class Environment:
     make: Callable[[int], BatchEnv]  # number of slots -> fresh batch environment
     expert: Callable[..., Any] | None = None
     annotate: Callable[..., Any] | None = None
-    vary: Callable[..., Any] | None = None
+    vary: Callable[..., Any] | None = None  # (task, n, seed) -> other instructions for its world
+    feasible: Callable[..., Any] | None = None  # generated task -> the task with its type, or None
     verify: Callable[..., Any] | None = None
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
 

@@ -20,8 +20,8 @@ from .household import CLEAN, COOL, HOT, PLACES, TRAITS, Game, Goal, HouseholdEn
 # %% auto #0
 __all__ = ['FURNITURE', 'THINGS', 'KINDS', 'TASK_TYPES', 'MAX_TURNS', 'RECEPTACLES', 'OBJECTS', 'CLOSED', 'DECORATION',
            'TRAITS_OF', 'SENTENCES', 'TREATED', 'HELP_TEXT', 'ROOM_BASE', 'SEEN_SHARE', 'Room', 'count_items',
-           'furnish', 'goals', 'build_game', 'solve', 'generate_game', 'household_tasks', 'task_of', 'game_of',
-           'problem_text', 'export_game']
+           'furnish', 'goals', 'build_game', 'solve', 'generate_game', 'may_have', 'household_tasks', 'task_of',
+           'game_of', 'problem_text', 'export_game']
 
 # %% ../../nbs/environments/11a_household_games.ipynb #6f15fb7c
 FURNITURE = {
@@ -318,7 +318,7 @@ def generate_game(
     for _ in range(20 if room_seed is None else 1):
         room = furnish(ROOM_BASE[split] + int(rng.random() * rooms) if room_seed is None else room_seed, size)
         for kind in [task_type] if task_type else rng.sample(TASK_TYPES, len(TASK_TYPES)):
-            options = [goal for goal in goals(room, kind) if _may_have(split, room, goal)]
+            options = [goal for goal in goals(room, kind) if may_have(split, room, goal)]
             for goal in rng.sample(options, len(options)):
                 target = goal.receptacle_type or goal.lamp_type
                 sentence = SENTENCES[kind][int(rng.random() * 2)].format(o=goal.object_type, r=target)
@@ -330,7 +330,7 @@ def generate_game(
     raise DataError(f"no {task_type or 'task'} is possible in room {room.world_id}; choose another type or room seed")
 
 # %% ../../nbs/environments/11a_household_games.ipynb #f36f1c8f
-def _may_have(split: str, room: Room, goal: Goal) -> bool:
+def may_have(split: str, room: Room, goal: Goal) -> bool:
     """Tasks of a train room belong to either 'train' or 'seen'."""
     if split not in ("train", "seen"):
         return True

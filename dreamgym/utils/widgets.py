@@ -13,8 +13,8 @@ from typing import Any
 from .tracking import read_jsonl
 
 # %% auto #0
-__all__ = ['STYLE', 'Html', 'text_block', 'outcome', 'head_html', 'turn_html', 'episode_html', 'compare_html', 'load_episodes',
-           'episodes_html', 'browse_episodes', 'episode_options', 'one_turn']
+__all__ = ['STYLE', 'Html', 'text_block', 'outcome', 'head_html', 'turn_html', 'chosen_turns', 'episode_html', 'compare_html',
+           'load_episodes', 'episodes_html', 'browse_episodes', 'episode_options']
 
 # %% ../../nbs/utils/08_widgets.ipynb #208a8481
 class Html(str):
@@ -72,7 +72,7 @@ def head_html(episode: Mapping[str, Any]) -> str:
 # %% ../../nbs/utils/08_widgets.ipynb #47bf527e
 def turn_html(
     turn: Mapping[str, Any],
-    number: int,  # from 0
+    number: int,  # from 1
 ) -> str:
     """One turn: state, response, action, reasoning, reward."""
     reward = turn.get("reward") or 0
@@ -83,27 +83,36 @@ def turn_html(
     return f'<div class="{css}"><div class="dg-label">turn {number} · reward {reward_text}{note}</div>{blocks}</div>'
 
 # %% ../../nbs/utils/08_widgets.ipynb #4feb3324
+def chosen_turns(
+    episode: Mapping[str, Any],
+    turn: int = 0,  # only this turn, from 1; 0: all of them
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Turns with their numbers."""
+    numbered = list(enumerate(episode.get("turns", []), 1))
+    return numbered[turn - 1 : turn] if turn else numbered
+
+# %% ../../nbs/utils/08_widgets.ipynb #bd3249f8
 def episode_html(
     episode: Mapping[str, Any],  # a row of episodes.jsonl
-    turn: int | None = None,  # only this turn; None: all of them
+    turn: int = 0,  # only this turn, from 1; 0: all of them
 ) -> Html:
     """One episode as static HTML."""
-    turns = list(enumerate(episode.get("turns", [])))
-    shown = turns if turn is None else turns[turn : turn + 1]
-    body = "".join(turn_html(row, number) for number, row in shown)
-    last = text_block("final state", episode.get("final_state")) if turn is None or turn >= len(turns) - 1 else ""
+    body = "".join(turn_html(row, number) for number, row in chosen_turns(episode, turn))
+    ends = not turn or turn >= len(episode.get("turns", []))
+    last = text_block("final state", episode.get("final_state")) if ends else ""
     return Html(f'{STYLE}<div class="dg">{head_html(episode)}{body}{last}</div>')
 
 # %% ../../nbs/utils/08_widgets.ipynb #8dbe9329
 def compare_html(
     left: Mapping[str, Any],  # such as the dream
     right: Mapping[str, Any],  # such as the real continuation for the same actions
+    turn: int = 0,  # only this turn, from 1; 0: all of them
 ) -> Html:
     """Two episodes in two columns, turn by turn."""
-    columns = [list(enumerate(episode.get("turns", []))) for episode in (left, right)]
+    columns = [chosen_turns(episode, turn) for episode in (left, right)]
     cells = [f"<div>{head_html(left)}</div><div>{head_html(right)}</div>"]
     for i in range(max(map(len, columns))):
-        cells += [f"<div>{turn_html(c[i][1], i) if i < len(c) else ''}</div>" for c in columns]
+        cells += [f"<div>{turn_html(c[i][1], c[i][0]) if i < len(c) else ''}</div>" for c in columns]
     cells += [f"<div>{text_block('final state', episode.get('final_state'))}</div>" for episode in (left, right)]
     return Html(f'{STYLE}<div class="dg"><div class="dg-pair">{"".join(cells)}</div></div>')
 
@@ -123,7 +132,7 @@ def episodes_html(
     """Episodes as a foldable list."""
     items = []
     for episode in episodes[:limit]:
-        turns = "".join(turn_html(turn, i) for i, turn in enumerate(episode.get("turns", [])))
+        turns = "".join(turn_html(turn, number) for number, turn in chosen_turns(episode))
         last = text_block("final state", episode.get("final_state"))
         items.append(f"<details><summary>{head_html(episode)}</summary>{turns}{last}</details>")
     more = f"<div>… {len(episodes) - limit} more episodes</div>" if len(episodes) > limit else ""
@@ -150,8 +159,8 @@ def browse_episodes(
     def show(_: Any = None) -> None:
         chosen = [episodes[i] for i in (picker.value, beside.value) if i is not None and i >= 0]
         turn.max = max((len(episode.get("turns", [])) for episode in chosen), default=0)
-        chosen = [one_turn(episode, turn.value) for episode in chosen]
-        pane.value = (episodes_html, episode_html, compare_html)[len(chosen)](*(chosen or [[]]))
+        views = (lambda: episodes_html([]), episode_html, compare_html)
+        pane.value = views[len(chosen)](*chosen, *([turn.value] if chosen else []))
 
     def choose(_: Any) -> None:
         picker.options = episode_options(episodes, source.value)
@@ -175,12 +184,3 @@ def episode_options(
         for i, e in enumerate(episodes)
         if source in ("all", e.get("source"))
     ]
-
-# %% ../../nbs/utils/08_widgets.ipynb #9b85efe7
-def one_turn(
-    episode: Mapping[str, Any],
-    number: int,  # from 1; 0: all turns
-) -> Mapping[str, Any]:
-    """The episode with one of its turns."""
-    turns = episode.get("turns", [])
-    return episode if number == 0 else {**episode, "turns": turns[number - 1 : number]}

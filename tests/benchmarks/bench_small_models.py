@@ -16,11 +16,10 @@ import torch
 from dreamgym.core.config import load_config
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import make_environment
-from dreamgym.environments.household_rules import is_determined
 from dreamgym.environments.offline import Behaviour, record
 from dreamgym.models.experience_sft import encode_examples, train_on_examples
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
-from dreamgym.training.fidelity import teacher_forced
+from dreamgym.training.fidelity import household_determined, teacher_forced
 from dreamgym.training.preparation import environment_texts, experience_model, record_offline, training_tasks
 
 OPTIONS = {"Lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False}}
@@ -67,7 +66,7 @@ def main() -> None:
             train_on_examples(LanguageModel(trial, tokenizer), examples, 30)
             steps = int(arguments.cpu_seconds / ((time.process_time() - start) / 30))
             losses = train_on_examples(language_model, examples, steps, lr=lr)
-            score = teacher_forced(dreamer, steps_real, env.verify, is_determined)
+            score = teacher_forced(dreamer, steps_real, env.verify, household_determined)
             reward = f"{score.reward.precision.value:.2f}/{score.reward.recall.value:.2f}"
             print(
                 f"{family:8} {lr:<7g} {language_model.parameters:>6} {steps:>6}  {sum(losses[-50:]) / 50:.4f}"

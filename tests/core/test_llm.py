@@ -218,8 +218,8 @@ def test_what_no_call_survives_stops_at_once(clients, status):
     with running(LLMServer(faults=(status,))) as server:
         began = time.monotonic()
         with pytest.raises(LLMError, match=f"status {status}"):
-            clients(server, concurrency=4, backoff=5.0).complete(prompts(8))
-    assert time.monotonic() - began < 2.0 and len(server.bodies) <= (8 if status == "400" else 4)
+            clients(server, concurrency=4, backoff=60.0).complete(prompts(8))
+    assert time.monotonic() - began < 15.0 and len(server.bodies) <= (8 if status == "400" else 4)
 
 
 def test_a_quota_that_is_used_up_is_not_waited_for(clients):
@@ -281,8 +281,13 @@ def test_inside_a_running_loop_and_from_two_threads(clients):
 def test_an_interrupt_cancels_the_batch_and_the_client_lives_on(clients):
     with running(LLMServer(faults=("hang",), only="bad")) as server:
         client = clients(server)
-        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        def interrupt():
+            while not server.flying:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             client.complete([Request("bad")])
         deadline = time.monotonic() + 5
@@ -290,9 +295,8 @@ def test_an_interrupt_cancels_the_batch_and_the_client_lives_on(clients):
             time.sleep(0.01)
         assert not asyncio.all_tasks(client.connection[0].loop), "the call in flight was cancelled"
         assert client.complete([Request("look")])[0].text == "LOOK"
-        before = threading.active_count()
         client.close()
-        assert threading.active_count() <= before - 1
+        assert not client.connection[0].thread.is_alive()
         assert client.complete([Request("again")])[0].text == "AGAIN"
 
 

@@ -52,7 +52,7 @@ class Environment:
     expert: Callable[..., Any] | None = None
     annotate: Callable[..., Any] | None = None
     vary: Callable[..., Any] | None = None  # (task, n, seed) -> other instructions for its world
-    feasible: Callable[..., Any] | None = None  # generated task -> the task with its type, or None
+    feasible: Callable[..., Any] | None = None  # generated tasks -> each with its type, or None
     verify: Callable[..., Any] | None = None
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
 

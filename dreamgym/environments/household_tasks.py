@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -84,13 +84,15 @@ def expert_wins(
 
 
 def feasible(
-    task: Task,  # a seed task's metadata with an instruction of its own
-) -> Task | None:  # with its task type; None: it cannot be done
-    """A checker of generated tasks: the instruction makes sense in the world, and the expert wins."""
-    found, recipe = world_tasks(task).get(task.instruction), task.metadata
-    if found is None or not expert_wins(recipe["size"], recipe["room_seed"], recipe["split"], task.instruction):
-        return None
-    return replace(task, task_type=found[0])
+    tasks: Sequence[Task],  # seed tasks' metadata with instructions of their own
+) -> list[Task | None]:  # each with its task type; None: it cannot be done
+    """A checker of generated tasks: the instruction makes sense in its world, and the expert wins."""
+    checked: list[Task | None] = []
+    for task in tasks:
+        recipe, found = task.metadata, world_tasks(task).get(task.instruction)
+        wins = found and expert_wins(recipe["size"], recipe["room_seed"], recipe["split"], task.instruction)
+        checked.append(replace(task, task_type=found[0]) if found and wins else None)
+    return checked
 
 # %% ../../nbs/environments/11d_household_tasks.ipynb #f09b3c0b
 def vary(

@@ -6,86 +6,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import math
-import os
-import re
 import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import chain, groupby
+from itertools import chain, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ..core.config import BufferConfig
-from ..core.data_structures import Experience, from_row, to_row
-from ..core.errors import DataError
+from ..core.data_structures import Experience, to_row
+from ..core.errors import ConfigError, DataError, unknown_name
+from ..core.experience_files import check_rows, parquet_schema, read_experiences, write_jsonl, write_parquet
+from .encoders import Encoder, make_encoder
+from .retrieval import INDEXED, ExactIndex, RetrievalQuery, Search, find
+
+log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['COLUMNS', 'SCHEMA_VERSION', 'INDEXED', 'Encoder', 'HashingEncoder', 'experience_quality', 'content_key', 'new_words',
-           'open_store', 'transaction', 'insert_rows', 'read_rows', 'ExperienceStore', 'admit', 'add_counts',
-           'evict_oldest', 'rewind_rows', 'purge_rows', 'rank_keys', 'top_ids', 'ExactIndex', 'vector_norms',
-           'sort_rows', 'add_actions', 'candidate_spans', 'action_cosines', 'RetrievalQuery', 'Search', 'score_block',
-           'allowed_rows', 'ruled_out', 'find', 'balanced_quotas', 'balanced_ids', 'ImportReport', 'parse_experience',
-           'read_jsonl', 'write_jsonl', 'ExperienceArchive', 'store_stats', 'rows_by_id', 'catch_up',
+__all__ = ['log', 'COLUMNS', 'SCHEMA_VERSION', 'EVICTION', 'PRIORITIES', 'experience_quality', 'content_key', 'new_words',
+           'open_store', 'transaction', 'Admitted', 'insert_rows', 'read_rows', 'ExperienceStore', 'admit',
+           'add_counts', 'prepare_eviction', 'count_repeats', 'evict', 'rewind_rows', 'purge_rows', 'balanced_quotas',
+           'balanced_ids', 'weighted_sample', 'prioritized_ids', 'ImportReport', 'import_rows', 'ExperienceArchive',
+           'ExperienceReplayFiles', 'store_stats', 'rows_by_id', 'ordered_rows', 'live_rows', 'catch_up',
            'ExperienceReplayBuffer', 'retrieve_rows']
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #55c671f9
-class Encoder(Protocol):
-    """Turns texts into vectors whose cosine says how alike they are."""
-
-    dim: int
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, dim) float32, of any length."""
-        ...
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #227a9985
-class HashingEncoder:
-    """Signed counts of words and word pairs in `dim` hashed bins; integers, not normalised."""
-
-    def __init__(
-        self,
-        dim: int = 256,  # bins
-        cache_size: int = 65_536,  # segments whose counts are remembered
-    ):
-        from sklearn.feature_extraction.text import HashingVectorizer
-
-        self.dim, self.cache_size = dim, cache_size
-        self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._vectorizer = HashingVectorizer(n_features=dim, norm=None, ngram_range=(1, 2), token_pattern=r"\w+")
-
-    def encode(
-        self,
-        texts: Sequence[str],  # B of any length
-    ) -> np.ndarray:  # (B, dim) float32
-        """Signed counts of each text."""
-        parts = [re.split(r"[\n|]", text) for text in texts]
-        self._remember(parts)
-        found = [self._cache[segment] for segment in chain.from_iterable(parts)]
-        if not found:
-            return np.zeros((0, self.dim), np.float32)
-        sizes = np.fromiter((len(bins) for bins, _ in found), int, len(found))
-        rows = np.repeat(np.repeat(np.arange(len(texts)), [len(p) for p in parts]), sizes)
-        bins, values = (np.concatenate(column) for column in zip(*found))
-        flat = np.bincount(rows * self.dim + bins, values, len(texts) * self.dim)
-        return flat.reshape(len(texts), self.dim).astype(np.float32)
-
-    def _remember(self, parts: list[list[str]]) -> None:
-        new = [segment for segment in dict.fromkeys(chain.from_iterable(parts)) if segment not in self._cache]
-        if len(self._cache) + len(new) > self.cache_size:
-            self._cache.clear()
-            new = list(dict.fromkeys(chain.from_iterable(parts)))
-        if new:
-            counts = self._vectorizer.transform(new)
-            pairs = zip(np.split(counts.indices, counts.indptr[1:-1]), np.split(counts.data, counts.indptr[1:-1]))
-            self._cache.update(zip(new, ((bins.copy(), values.copy()) for bins, values in pairs)))
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #02ec8d43
 def experience_quality(
@@ -117,15 +68,24 @@ def new_words(
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #8ec05581
 COLUMNS = tuple(f.name for f in fields(Experience))
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _TYPES = {"str": "TEXT", "float": "REAL", "int": "INTEGER", "bool": "INTEGER", "bool | None": "INTEGER"}
 _DATA = ", ".join(f"{f.name} {_TYPES[str(f.type)]}" for f in fields(Experience))
 _FLAGS = tuple(i for i, f in enumerate(fields(Experience)) if str(f.type).startswith("bool"))
 _SCHEMA = f"""
-CREATE TABLE experiences (id INTEGER PRIMARY KEY, {_DATA}, information INTEGER, content INTEGER, evicted_at INTEGER);
+CREATE TABLE experiences (
+    id INTEGER PRIMARY KEY, {_DATA}, information INTEGER, content INTEGER, evicted_at INTEGER,
+    quality REAL, repeats INTEGER
+);
 CREATE INDEX live_content ON experiences (content) WHERE evicted_at IS NULL;
 CREATE INDEX live_rows ON experiences (id) WHERE evicted_at IS NULL;
 CREATE TABLE counts (iteration INTEGER, name TEXT, n INTEGER, PRIMARY KEY (iteration, name));
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+_FROM_VERSION_1 = f"""
+ALTER TABLE experiences ADD COLUMN quality REAL;
+ALTER TABLE experiences ADD COLUMN repeats INTEGER;
+UPDATE experiences SET quality = iif(source = 'synthetic' AND reward <> 0 AND NOT terminated, 0.5, 1.0);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
@@ -141,11 +101,11 @@ def open_store(
         version = db.execute("PRAGMA user_version").fetchone()[0]
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        if version == 0:
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        if version in (0, 1):
+            db.executescript(f"BEGIN IMMEDIATE; {_FROM_VERSION_1 if version else _SCHEMA} COMMIT;")
     except (sqlite3.Error, OSError) as error:
         raise DataError(f"{path}: expected an experience database or a writable place for one; {error}") from error
-    if version not in (0, SCHEMA_VERSION):
+    if version not in (0, 1, SCHEMA_VERSION):
         db.close()
         raise DataError(f"{path}: database version {version}, expected {SCHEMA_VERSION}; export it as JSONL and import")
     return db
@@ -170,15 +130,24 @@ def transaction(
         raise DataError(f"{path or 'in-memory store'}: not written, {error}; {free:,} bytes free there") from error
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #48104db2
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A row that may be written."""
+
+    row: Experience
+    quality: float = 1.0
+    content: int = 0  # content key
+    repeats: int | None = None  # live rows of the same place and action before it; None: not counted
+
+
 def insert_rows(
     db: sqlite3.Connection,
-    experiences: Sequence[Experience],
+    admitted: Iterable[Admitted],
 ) -> None:
     """Write rows, in order, with ids that follow the highest one there is."""
-    values = attrgetter(*COLUMNS)
-    rows = [(*values(e), new_words(e), content_key(e)) for e in experiences]
-    names = ", ".join((*COLUMNS, "information", "content"))
-    db.executemany(f"INSERT INTO experiences ({names}) VALUES ({', '.join('?' * (len(COLUMNS) + 2))})", rows)
+    values, names = attrgetter(*COLUMNS), (*COLUMNS, "information", "content", "quality", "repeats")
+    rows = ((*values(a.row), new_words(a.row), a.content, a.quality, a.repeats) for a in admitted)
+    db.executemany(f"INSERT INTO experiences ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", rows)
 
 
 def read_rows(
@@ -206,6 +175,7 @@ class ExperienceStore:
         self.config, self.path, self.dedup, self.quality = config, path, dedup, quality
         self.db = open_store(path)
         self.rng = np.random.default_rng(0)  # for samples without a seed
+        prepare_eviction(self.db, config.eviction)
         self._size = self.db.execute("SELECT count(*) FROM experiences WHERE evicted_at IS NULL").fetchone()[0]
 
     def __len__(self) -> int:
@@ -216,7 +186,7 @@ class ExperienceStore:
         with transaction(self.db, self.path):
             rows = admit(self, experiences)
             insert_rows(self.db, rows)
-            evicted = evict_oldest(self.db, self._size + len(rows) - self.config.capacity)
+            evicted = evict(self.db, self._size + len(rows) - self.config.capacity, self.config.eviction)
         self._size += len(rows) - evicted
         return len(rows)
 
@@ -238,20 +208,23 @@ class ExperienceStore:
 def admit(
     store: ExperienceStore,
     experiences: Iterable[Experience],
-) -> list[Experience]:  # rows to write
+) -> list[Admitted]:  # rows to write
     """Apply quality threshold and duplicate check, in order, and count what is refused."""
-    rows, seen = [], set()
+    rows, seen = list[Admitted](), set[int]()
     refused: Counter = Counter()
+    places: Counter | None = Counter() if store.config.eviction == "novelty" else None
     known = "SELECT 1 FROM experiences WHERE content = ? AND evicted_at IS NULL"
     for e in experiences:
-        quality, key = store.quality(e), content_key(e) if store.dedup else None
+        quality = store.quality(e)
         if quality <= 0 or quality < store.config.quality_threshold:
             refused[e.iteration, "quality"] += 1
-        elif key is not None and (key in seen or store.db.execute(known, (key,)).fetchone()):
+            continue
+        key = content_key(e)
+        if store.dedup and (key in seen or store.db.execute(known, (key,)).fetchone()):
             refused[e.iteration, "duplicate"] += 1
-        else:
-            seen.add(key)
-            rows.append(e)
+            continue
+        seen.add(key)
+        rows.append(Admitted(e, quality, key, None if places is None else count_repeats(store.db, e, places)))
     add_counts(store.db, refused)
     return rows
 
@@ -265,16 +238,52 @@ def add_counts(
     db.executemany("INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n", rows)
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #c1e5a254
-def evict_oldest(
+EVICTION = {"fifo": "id", "quality": "quality, id", "novelty": "repeats DESC, id"}  # order in which rows leave
+_PLACE = "env = ? AND world_id = ? AND action = ? AND evicted_at IS NULL"
+_EARLIER = """(SELECT count(*) FROM experiences AS e WHERE e.env = experiences.env AND e.world_id = experiences.world_id
+    AND e.action = experiences.action AND e.evicted_at IS NULL AND e.id < experiences.id)"""
+
+
+def prepare_eviction(
+    db: sqlite3.Connection,
+    eviction: str,  # a key of EVICTION
+) -> None:
+    """Make what an eviction order needs, once for each database; fifo needs nothing."""
+    if eviction not in EVICTION:
+        raise ConfigError(unknown_name("eviction", eviction, EVICTION))
+    if eviction == "fifo":
+        return
+    live = "WHERE evicted_at IS NULL"
+    db.execute(f"CREATE INDEX IF NOT EXISTS {eviction}_order ON experiences ({EVICTION[eviction]}) {live}")
+    if eviction == "novelty":
+        db.execute(f"CREATE INDEX IF NOT EXISTS live_places ON experiences (env, world_id, action) {live}")
+        db.execute(f"UPDATE experiences SET repeats = {_EARLIER} {live} AND repeats IS NULL")
+
+# %% ../../nbs/models/20_replay_buffer.ipynb #750f6b03
+def count_repeats(
+    db: sqlite3.Connection,
+    e: Experience,
+    places: Counter,  # of the rows of the batch so far; updated
+) -> int:
+    """Live rows of the same environment, world and action, in the database and before it in the batch."""
+    place = (e.env, e.world_id, e.action)
+    if place not in places:
+        places[place] = db.execute(f"SELECT count(*) FROM experiences WHERE {_PLACE}", place).fetchone()[0]
+    places[place] += 1
+    return places[place] - 1
+
+
+def evict(
     db: sqlite3.Connection,
     n: int,  # rows above capacity; nothing happens if it is not positive
+    eviction: str = "fifo",
 ) -> int:  # rows pushed out
-    """Tombstone the oldest live rows, with the iteration of the newest row (fifo)."""
+    """Tombstone live rows, with the iteration of the newest row."""
     if n <= 0:
         return 0
-    oldest = "SELECT id FROM experiences WHERE evicted_at IS NULL ORDER BY id LIMIT ?"
+    first = f"SELECT id FROM experiences WHERE evicted_at IS NULL ORDER BY {EVICTION[eviction]} LIMIT ?"
     now = "(SELECT iteration FROM experiences ORDER BY id DESC LIMIT 1)"
-    return db.execute(f"UPDATE experiences SET evicted_at = {now} WHERE id IN ({oldest})", (n,)).rowcount
+    return db.execute(f"UPDATE experiences SET evicted_at = {now} WHERE id IN ({first})", (n,)).rowcount
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #cf2559f1
 def rewind_rows(
@@ -302,258 +311,6 @@ def purge_rows(
         add_counts(db, Counter({(before - 1, "purged"): n}))
     return n
 
-# %% ../../nbs/models/20_replay_buffer.ipynb #bb22f533
-def rank_keys(
-    cos_state: np.ndarray,  # (B, N) in [-1, 1]
-    cos_action: np.ndarray,  # (B, N)
-    action_weight: np.float32,  # w, 0 to 1
-    information: np.ndarray | int = 0,  # (N,) or (B, N), 0 to 255
-) -> np.ndarray:  # (B, N) int64, larger is better, >= 0
-    """Order of candidates as integers: score (18 bits), information (8 bits), sum of cosines (19 bits)."""
-    score = action_weight * cos_action
-    score += (np.float32(1) - action_weight) * cos_state
-    keys = _steps(score, 1)
-    keys <<= 27
-    keys |= np.asarray(information, np.int64) << 19
-    keys |= _steps(cos_state + cos_action, 2)
-    return keys
-
-
-def _steps(x: np.ndarray, bound: int) -> np.ndarray:
-    x = x + np.float32(bound)
-    x *= np.float32(1e5)
-    return np.clip(np.rint(x, out=x), 0, bound * 2e5, out=x).astype(np.int64)
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #4b79d9b2
-def top_ids(
-    keys: np.ndarray,  # (B, N) int64, -1: excluded
-    slots: np.ndarray,  # (B, N) or (1, N) where each candidate lies in `ids`
-    ids: np.ndarray,  # (M,) row ids
-    k: int,  # >= 1
-) -> list[list[int]]:  # B lists of at most k ids, best first
-    """Row ids of the k largest keys of each query; equal keys by lowest id."""
-    b, n = keys.shape
-    floor = np.partition(keys, n - k, axis=1)[:, n - k, None] if k < n else 0
-    rows, columns = np.nonzero(keys >= np.maximum(floor, 0))
-    found = ids[np.broadcast_to(slots, keys.shape)[rows, columns]]
-    found = found[np.lexsort((found, -keys[rows, columns], rows))]
-    bounds = np.searchsorted(rows, np.arange(b + 1))
-    return [found[start : min(start + k, stop)].tolist() for start, stop in zip(bounds, bounds[1:])]
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #aa24c3ee
-INDEXED = ("world_id", "action", "episode_id", "env", "split", "source", "success")
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #7d688dd3
-class ExactIndex:
-    """Vectors and integer-coded columns of the live rows."""
-
-    def __init__(self, encoder: Encoder, capacity: int):
-        size = capacity + max(1024, capacity // 8)  # room for the tail
-        self.encoder, self.n, self.n_sorted = encoder, 0, 0
-        self.ids, self.live = np.empty(size, np.int64), np.zeros(size + 1, bool)
-        self.columns: dict[str, np.ndarray] = {c: np.empty(size, np.int32) for c in (*INDEXED, "information")}
-        self.states, self.norms = np.empty((size, encoder.dim), np.float32), np.ones(size, np.float32)
-        self.codes: dict[str, dict[Any, int]] = {name: {} for name in INDEXED}
-        self.actions, self.action_norms = np.empty((0, encoder.dim), np.float32), np.empty(0, np.float32)
-        self.pairs = np.empty(0, np.int64)  # (world, action) of the sorted rows
-        self.tail: dict[int, list[int]] = {}  # slots of unsorted rows, by world
-        self.cosines: dict[str, np.ndarray] = {}  # of a query's action to all actions
-
-    def add(self, rows: Sequence[tuple]) -> None:
-        """Append rows (id, information, state, then INDEXED); sorts when the tail has grown."""
-        if self.n + len(rows) > len(self.ids):
-            sort_rows(self)
-        new = slice(self.n, self.n + len(rows))
-        ids, information, texts, *coded = zip(*rows)
-        self.ids[new], self.live[new], self.columns["information"][new] = ids, True, information
-        for name, values in zip(INDEXED, coded):
-            codes = self.codes[name]
-            self.columns[name][new] = [codes.setdefault(value, len(codes)) for value in values]
-        add_actions(self)
-        for start in range(0, len(rows), 2048):
-            part = slice(new.start + start, min(new.start + start + 2048, new.stop))
-            self.states[part] = self.encoder.encode(texts[start : start + 2048])
-        self.norms[new], self.n = vector_norms(self.states[new]), new.stop
-        if self.n - self.n_sorted > max(1024, self.n_sorted // 8):
-            sort_rows(self)
-        for slot in range(max(new.start, self.n_sorted), self.n):
-            self.tail.setdefault(int(self.columns["world_id"][slot]), []).append(slot)
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #f3ade127
-def vector_norms(
-    vectors: np.ndarray,  # (n, dim)
-) -> np.ndarray:  # (n,) lengths; 1 for a zero vector, whose cosines are then 0
-    """Euclidean lengths that can be divided by."""
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-    return np.where(norms > 0, norms, np.float32(1))
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #593e3deb
-def sort_rows(index: ExactIndex) -> None:
-    """Drop dead rows and order the rest by (world, action, id)."""
-    keep = np.flatnonzero(index.live[: index.n])
-    world, action = index.columns["world_id"], index.columns["action"]
-    order = keep[np.lexsort((index.ids[keep], action[keep], world[keep]))]
-    n = index.n = index.n_sorted = len(order)
-    arrays: list[np.ndarray] = [index.ids, index.states, index.norms, *index.columns.values()]
-    for array in arrays:
-        array[:n] = array[order]
-    index.live[:n], index.live[n:] = True, False
-    index.pairs = (world[:n].astype(np.int64) << 32) | action[:n]
-    index.tail = {}
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #a52191b1
-def add_actions(index: ExactIndex) -> None:
-    """Encode the action texts that came with the last rows."""
-    new = list(index.codes["action"])[len(index.actions) :]
-    if new:
-        vectors = index.encoder.encode(new)
-        index.actions = np.concatenate([index.actions, vectors])
-        index.action_norms = np.concatenate([index.action_norms, vector_norms(vectors)])
-        index.cosines.clear()
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #8d87fce7
-def candidate_spans(
-    index: ExactIndex,
-    queries: Sequence[Any],
-    same_world: bool,
-    same_action: bool,  # narrows the span only together with same_world
-) -> list[tuple[int, int, tuple[int, ...]]]:  # per query: first slot, end slot, slots in the tail
-    """Where the candidate rows of each query lie."""
-    if not same_world:
-        return [(0, index.n, ())] * len(queries)
-    worlds = np.array([index.codes["world_id"].get(q.world_id, -1) for q in queries], np.int64)
-    first, last = worlds << 32, (worlds + 1) << 32
-    if same_action:
-        actions = np.array([index.codes["action"].get(q.action, -1) for q in queries], np.int64)
-        worlds[actions < 0] = -1
-        first, last = first + actions, first + actions + 1
-    starts, stops = np.searchsorted(index.pairs, first).tolist(), np.searchsorted(index.pairs, last).tolist()
-    tails = [tuple(index.tail.get(world, ())) for world in worlds.tolist()]
-    return [span if world >= 0 else (0, 0, ()) for world, span in zip(worlds.tolist(), zip(starts, stops, tails))]
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #15dce3ee
-def action_cosines(
-    index: ExactIndex,
-    actions: Sequence[str],  # of the queries
-) -> list[np.ndarray]:  # per query (U,): cosine to each distinct action text of the index
-    """Cosines of actions, each computed once."""
-    found = {action: index.cosines[action] for action in actions if action in index.cosines}
-    new = [action for action in dict.fromkeys(actions) if action not in found]
-    if (len(index.cosines) + len(new)) * len(index.actions) > 2**24:  # 64 MB
-        index.cosines.clear()
-    if new:
-        vectors = index.encoder.encode(new)
-        cosines = vectors @ index.actions.T / vector_norms(vectors)[:, None] / index.action_norms
-        found.update(zip(new, cosines))
-        index.cosines.update(zip(new, cosines))
-    return [found[action] for action in actions]
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #9ec60676
-@dataclass(frozen=True, slots=True)
-class RetrievalQuery:
-    """What to look for. Any object with these attributes will do."""
-
-    state: str
-    action: str
-    world_id: str = ""  # the candidates' world when `same_world` is on
-    env: str = ""  # '' looks in every environment
-    exclude_episode: str = ""  # episode_id whose rows are left out; '' leaves out none
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How to look: the settings that a whole batch of queries shares."""
-
-    k: int
-    action_weight: float = 0.5
-    same_world: bool = True
-    same_action: bool = False  # only rows with exactly the query's action
-    informative: bool = False  # equal scores: rows that add more words first
-    split: str | None = None  # None: any
-    source: str | None = None
-    success: bool | None = None
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #83ffbbc3
-def score_block(
-    index: ExactIndex,
-    vectors: np.ndarray,  # (B, dim) encoded states of the queries
-    cosines: Sequence[np.ndarray],  # B of (U,)
-    spans: Sequence[tuple[int, int, tuple[int, ...]]],  # B, equal ones adjacent
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # slots (B, N), -1 where padded, or (1, N); cos_state; cos_action
-    """Cosines of queries to their candidates, padded to the longest list; shared candidates are listed once."""
-    shape = len(spans), max(stop - start + len(tail) for start, stop, tail in spans)
-    slots = np.full((1 if spans[0] == spans[-1] else shape[0], shape[1]), -1)
-    cos_state, cos_action = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    first = 0
-    for (start, stop, tail), group in groupby(spans):
-        end, size = first + len(list(group)), stop - start + len(tail)
-        rows = np.r_[start:stop, tail] if tail else slice(start, stop)
-        slots[first:end, :size] = rows if tail else np.arange(start, stop)
-        cos_state[first:end, :size] = vectors[first:end] @ index.states[rows].T
-        actions = index.columns["action"][rows]
-        for i in range(first, end):
-            cos_action[i, :size] = cosines[i][actions]
-        first = end
-    cos_state /= index.norms[slots]
-    cos_state /= vector_norms(vectors)[:, None]
-    return slots, cos_state, cos_action
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #b42610a3
-def allowed_rows(
-    index: ExactIndex,
-    search: Search,
-) -> np.ndarray:  # bool over slots; the last one, where padding points, is False
-    """Live rows that pass the masks of a search."""
-    allowed = index.live.copy()
-    for name in ("split", "source", "success"):
-        value = getattr(search, name)
-        if value is not None:
-            allowed[: index.n] &= index.columns[name][: index.n] == index.codes[name].get(value, -1)
-    return allowed
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #c37635f2
-def ruled_out(
-    index: ExactIndex,
-    slots: np.ndarray,  # (B, N) or (1, N)
-    queries: Sequence[Any],  # B
-    same_action: bool,
-) -> np.ndarray:  # (B, N) bool
-    """Candidates that a query excludes by itself: its own episode, other environments, other actions."""
-    out = np.zeros((len(queries), slots.shape[1]), bool)
-    rules = [("exclude_episode", "episode_id", np.equal), ("env", "env", np.not_equal)]
-    rules += [("action", "action", np.not_equal)] if same_action else []
-    for attribute, name, rule in rules:
-        values = [getattr(q, attribute) for q in queries]
-        if any(values):
-            codes = np.array([index.codes[name].get(value, -1) for value in values], np.int32)[:, None]
-            out |= rule(index.columns[name][slots], codes) & np.array([bool(v) for v in values])[:, None]
-    return out
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #568168d4
-def find(
-    index: ExactIndex,
-    queries: Sequence[Any],
-    search: Search,
-) -> list[list[int]]:  # per query at most k row ids, best first
-    """Exact retrieval: the same rows as scoring every candidate one by one."""
-    found: list[list[int]] = [[] for _ in queries]
-    spans = candidate_spans(index, queries, search.same_world, search.same_action)
-    sizes = [stop - start + len(tail) for start, stop, tail in spans]
-    pending = sorted((i for i, size in enumerate(sizes) if size), key=spans.__getitem__)
-    vectors = index.encoder.encode([q.state for q in queries])
-    cosines = action_cosines(index, [q.action for q in queries])
-    allowed, step = allowed_rows(index, search), max(1, 2**22 // max(sizes, default=1)) if pending else 1
-    for part in (pending[start : start + step] for start in range(0, len(pending), step)):
-        asked = [queries[i] for i in part]
-        block = score_block(index, vectors[part], [cosines[i] for i in part], [spans[i] for i in part])
-        slots, cos_state, cos_action = block
-        information = index.columns["information"][slots] if search.informative else 0
-        keys = rank_keys(cos_state, cos_action, np.float32(search.action_weight), information)
-        keys[~allowed[slots] | ruled_out(index, slots, asked, search.same_action)] = -1
-        for i, ids in zip(part, top_ids(keys, slots, index.ids, search.k)):
-            found[i] = ids
-    return found
-
 # %% ../../nbs/models/20_replay_buffer.ipynb #8dc11de8
 def balanced_quotas(
     sizes: Sequence[int],  # n, rows in each stratum
@@ -574,10 +331,13 @@ def balanced_ids(
     db: sqlite3.Connection,
     batch_size: int,
     rng: np.random.Generator,
+    by: Sequence[str] = ("success", "source", "task_type"),  # columns that make the strata
 ) -> list[int]:  # row ids in random order, none twice
-    """Ids of a sample that is balanced over outcome, source and task type."""
+    """Ids of a sample that is balanced over the combinations of some columns."""
     strata: dict[tuple, list[int]] = {}
-    live = "SELECT id, success, source, task_type FROM experiences WHERE evicted_at IS NULL ORDER BY id"
+    if unknown := set(by) - set(COLUMNS):
+        raise ConfigError(unknown_name("column", min(unknown), COLUMNS))
+    live = f"SELECT {', '.join(('id', *by))} FROM experiences WHERE evicted_at IS NULL ORDER BY id"
     for id_, *stratum in db.execute(live):
         strata.setdefault(tuple(stratum), []).append(id_)
     names = sorted(strata, key=repr)
@@ -586,61 +346,64 @@ def balanced_ids(
     return rng.permutation(np.concatenate(ids)).tolist() if ids else []
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #a699c225
-@dataclass(frozen=True, slots=True)
-class ImportReport:
-    """What became of a JSONL file."""
+def weighted_sample(
+    weights: np.ndarray,  # (N,) not negative; 0: never drawn
+    n: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # positions in the order drawn, none twice; fewer than n if fewer have a weight
+    """Weighted sample without replacement. Raises ValueError for a weight that is negative or no number."""
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError("priorities: expected finite numbers that are not negative")
+    uniform = 1.0 - rng.random(len(weights))  # (0, 1], so that the logarithm is finite
+    possible = np.flatnonzero(weights)
+    keys = np.log(uniform[possible]) / weights[possible]
+    return possible[np.argsort(-keys, kind="stable")[:n]]
 
-    read: int  # good lines
-    added: int  # admitted by the buffer
-    bad: list[tuple[int, str]]  # line number (from 1) and what is wrong with it
+
+PRIORITIES = {"information": "1.0 + information", "quality": "quality"}  # SQL of the priorities that are stored
 
 
-def parse_experience(
-    line: bytes,
-) -> Experience:
-    """One JSON line. Raises ValueError that says what is wrong."""
-    row = json.loads(line.decode("utf-8"))
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    e = from_row(Experience, row)
-    kinds = {"str": (str,), "float": (int, float), "int": (int,), "bool": (bool,), "bool | None": (bool, type(None))}
-    for f in fields(Experience):
-        value, kind = getattr(e, f.name), str(f.type)
-        if type(value) not in kinds[kind]:
-            raise ValueError(f"field {f.name!r}: expected {kind}, got {value!r:.40}")
-    return e
-
-# %% ../../nbs/models/20_replay_buffer.ipynb #c8d96b94
-def read_jsonl(
-    path: str | Path,
-    bad: list[tuple[int, str]],  # receives what is wrong, by line
-    strict: bool = False,  # raise DataError at the first bad line
-) -> Iterator[Experience]:
-    """Experiences of a JSONL file, one by one; blank lines are skipped."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    yield parse_experience(line)
-            except (ValueError, RecursionError) as error:
-                if strict:
-                    raise DataError(f"{path}, line {number}: {error}") from error
-                bad.append((number, str(error)))
+def prioritized_ids(
+    db: sqlite3.Connection,
+    batch_size: int,
+    rng: np.random.Generator,
+    priority: str | Callable[[Experience], float] = "information",  # a key of PRIORITIES, or a function of a row
+    alpha: float = 1.0,  # 0: uniform
+) -> list[int]:  # row ids in the order drawn, none twice
+    """Ids of a sample in proportion to priority ** alpha."""
+    if callable(priority):
+        pairs = [(id_, priority(e)) for id_, e in read_rows(db, "evicted_at IS NULL")]
+    elif priority in PRIORITIES:
+        live = "FROM experiences WHERE evicted_at IS NULL ORDER BY id"
+        pairs = db.execute(f"SELECT id, {PRIORITIES[priority]} {live}").fetchall()
+    else:
+        raise ConfigError(unknown_name("priority", priority, PRIORITIES))
+    weights = np.array([value for _, value in pairs], float)
+    return [pairs[i][0] for i in weighted_sample(weights**alpha, batch_size, rng)]
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #6aea4a53
-def write_jsonl(
-    path: str | Path,
-    experiences: Iterable[Experience],
-) -> int:  # lines written
-    """Write all or nothing: to a temporary file that is renamed into place."""
-    temporary, n = Path(f"{path}.tmp"), 0
-    with open(temporary, "w", encoding="utf-8") as file:
-        for n, e in enumerate(experiences, 1):
-            file.write(json.dumps(to_row(e), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return n
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What became of a file or table."""
+
+    read: int  # good rows
+    added: int  # admitted by the buffer
+    bad: list[tuple[int, str]]  # line or row number (from 1) and what is wrong with it
+
+
+def import_rows(
+    store: ExperienceStore,
+    experiences: Iterator[Experience],
+    bad: list[tuple[int, str]],  # filled while reading
+    batch: int = 5000,  # rows of a transaction
+) -> ImportReport:
+    """Add rows as they are read."""
+    read = added = 0
+    while rows := list(islice(experiences, batch)):
+        read, added = read + len(rows), added + store.add_many(rows)
+    if bad:
+        log.warning("%d of %d rows could not be read; the first, %d: %s", len(bad), read + len(bad), *bad[0])
+    return ImportReport(read, added, bad)
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #d8059ad6
 class ExperienceArchive(ExperienceStore):
@@ -662,22 +425,58 @@ class ExperienceArchive(ExperienceStore):
         self,
         batch_size: int = 64,
         seed: int | None = None,  # None: the next draw of the store's own random stream
+        by: Sequence[str] = ("success", "source", "task_type"),  # columns
     ) -> list[Experience]:
         """Rows balanced over outcome, source and task type, none twice; fewer if fewer are stored."""
         rng = self.rng if seed is None else np.random.default_rng(seed)
-        ids = balanced_ids(self.db, batch_size, rng)
-        rows = rows_by_id(self.db, ids)
-        return [rows[id_] for id_ in ids]
+        return ordered_rows(self.db, balanced_ids(self.db, batch_size, rng, by))
+
+    def sample_prioritized(
+        self,
+        batch_size: int = 64,
+        priority: str | Callable[[Experience], float] = "information",  # a key of PRIORITIES, or a function of a row
+        alpha: float = 1.0,  # 0: uniform
+        seed: int | None = None,  # None: the next draw of the store's own random stream
+    ) -> list[Experience]:
+        """Rows drawn in proportion to priority ** alpha, none twice; fewer if fewer have a priority."""
+        rng = self.rng if seed is None else np.random.default_rng(seed)
+        return ordered_rows(self.db, prioritized_ids(self.db, batch_size, rng, priority, alpha))
+
+# %% ../../nbs/models/20_replay_buffer.ipynb #620aa52a
+class ExperienceReplayFiles(ExperienceArchive):
+    """An experience archive that goes into files and tables and comes back."""
 
     def export_jsonl(self, path: str | Path) -> int:
         """Write the live rows, oldest first; returns how many."""
-        return write_jsonl(path, (e for _, e in read_rows(self.db, "evicted_at IS NULL")))
+        return write_jsonl(path, live_rows(self.db))
+
+    def export_parquet(self, path: str | Path) -> int:
+        """Write the live rows, oldest first; returns how many."""
+        return write_parquet(path, live_rows(self.db))
+
+    def to_dataset(self) -> Any:
+        """The live rows, oldest first, as a `datasets.Dataset`; `export_parquet` needs less memory."""
+        import datasets
+
+        schema = datasets.Features.from_arrow_schema(parquet_schema())
+        return datasets.Dataset.from_list([to_row(e) for e in live_rows(self.db)], features=schema)
+
+    def import_file(self, path: str | Path, strict: bool = False) -> ImportReport:
+        """Add the rows of a .jsonl or .parquet file; in strict mode a bad row raises DataError and nothing is added."""
+        if strict:
+            for _ in read_experiences(path, [], strict=True):  # all of it is read once before any row is added
+                pass
+        bad: list[tuple[int, str]] = []
+        return import_rows(self, read_experiences(path, bad, strict), bad)
 
     def import_jsonl(self, path: str | Path, strict: bool = False) -> ImportReport:
-        """Add the rows of a file; in strict mode a bad line raises DataError and nothing is added."""
+        """`import_file`, by its older name."""
+        return self.import_file(path, strict)
+
+    def import_dataset(self, dataset: Iterable[Any]) -> ImportReport:
+        """Add the rows of a `datasets.Dataset`, or of any iterable of mappings."""
         bad: list[tuple[int, str]] = []
-        rows = list(read_jsonl(path, bad, strict))
-        return ImportReport(len(rows), self.add_many(rows), bad)
+        return import_rows(self, check_rows(dataset, bad), bad)
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #f16afe53
 def store_stats(db: sqlite3.Connection) -> dict[str, int]:
@@ -701,6 +500,17 @@ def rows_by_id(db: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Experien
         rows.update(read_rows(db, f"id IN ({', '.join('?' * len(part))})", part))
     return rows
 
+# %% ../../nbs/models/20_replay_buffer.ipynb #a98e9b8d
+def ordered_rows(db: sqlite3.Connection, ids: Sequence[int]) -> list[Experience]:
+    """Experiences in the order of their ids in a list."""
+    rows = rows_by_id(db, ids)
+    return [rows[id_] for id_ in ids]
+
+
+def live_rows(db: sqlite3.Connection) -> Iterator[Experience]:
+    """All that can be reached, oldest first."""
+    return (e for _, e in read_rows(db, "evicted_at IS NULL"))
+
 # %% ../../nbs/models/20_replay_buffer.ipynb #2722d480
 def catch_up(
     index: ExactIndex,
@@ -710,8 +520,8 @@ def catch_up(
 ) -> int:  # highest row id that it knows now
     """Bring an index up to date with the live rows."""
     live = "FROM experiences WHERE evicted_at IS NULL"
-    oldest = db.execute(f"SELECT min(id) {live}").fetchone()[0] or 0
-    index.live[: index.n] &= index.ids[: index.n] >= oldest
+    known = db.execute(f"SELECT id {live} AND id <= ? ORDER BY id", (last,)) if index.n else []
+    index.live[: index.n] &= np.isin(index.ids[: index.n], np.fromiter((id_ for (id_,) in known), np.int64))
     columns = ", ".join(("id", "information", "state", *INDEXED))
     newest = f"SELECT {columns} {live} AND id > ? ORDER BY id DESC LIMIT ?"
     rows = db.execute(f"SELECT * FROM ({newest}) ORDER BY id", (last, capacity)).fetchall()
@@ -720,19 +530,19 @@ def catch_up(
     return rows[-1][0] if rows else last
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #45ae43b9
-class ExperienceReplayBuffer(ExperienceArchive):
+class ExperienceReplayBuffer(ExperienceReplayFiles):
     """Experience store with exact retrieval and balanced samples."""
 
     def __init__(
         self,
         config: BufferConfig | None = None,
         path: str | Path | None = None,  # database file; None: in memory
-        encoder: Encoder | None = None,  # None: hashing, `config.encoder_dim` wide
+        encoder: Encoder | None = None,  # None: the one that `config.encoder` names
         cache_size: int = 50_000,  # returned rows kept as objects
         **options: Any,  # dedup, quality: see ExperienceStore
     ):
         super().__init__(config or BufferConfig(), path, **options)
-        self.encoder, self.cache_size = encoder or HashingEncoder(self.config.encoder_dim), cache_size
+        self.encoder, self.cache_size = encoder or make_encoder(self.config), cache_size
         self.forget_index()
 
     def forget_index(self) -> None:
@@ -748,7 +558,7 @@ class ExperienceReplayBuffer(ExperienceArchive):
 
     def retrieve(
         self,
-        queries: Sequence[Any],  # B objects with the attributes of `RetrievalQuery`
+        queries: Sequence[RetrievalQuery],  # B; any objects with its attributes will do
         k: int | None = None,  # None: config.top_k
         **how: Any,  # other fields of `Search`; action_weight and same_world come from the config
     ) -> list[list[Experience]]:  # B lists of at most k rows, best first

@@ -16,7 +16,8 @@ import numpy as np
 
 from dreamgym.core.config import BufferConfig
 from dreamgym.core.data_structures import Experience
-from dreamgym.models.replay_buffer import ExperienceReplayBuffer, HashingEncoder, RetrievalQuery
+from dreamgym.models.encoders import HashingEncoder
+from dreamgym.models.replay_buffer import ExperienceReplayBuffer, RetrievalQuery
 
 
 def template(observation: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +15,16 @@ import pytest
 
 from dreamgym.core.config import BufferConfig
 from dreamgym.core.data_structures import Experience, to_row
-from dreamgym.core.errors import DataError
+from dreamgym.core.errors import ConfigError, DataError
+from dreamgym.models.encoders import HashingEncoder
 from dreamgym.models.replay_buffer import (
+    EVICTION,
     ExperienceReplayBuffer,
-    HashingEncoder,
     RetrievalQuery,
     content_key,
     new_words,
     read_rows,
+    weighted_sample,
 )
 
 WORDS = "mug pen book drawer desk shelf open closed 1 2 3 empty hold".split()
@@ -41,10 +44,9 @@ def random_row(rng: random.Random, **fields) -> Experience:
     return Experience(state, action, 0.0, after, False, **(defaults | fields))
 
 
-def make(capacity: int = 1000, path=None, **options) -> ExperienceReplayBuffer:
-    return ExperienceReplayBuffer(
-        BufferConfig(capacity=capacity, top_k=3), path, encoder=HashingEncoder(64), dedup=False, **options
-    )
+def make(capacity: int = 1000, path=None, eviction: str = "fifo", **options) -> ExperienceReplayBuffer:
+    config = BufferConfig(capacity=capacity, top_k=3, eviction=eviction)
+    return ExperienceReplayBuffer(config, path, encoder=HashingEncoder(64), dedup=False, **options)
 
 
 def brute_force(buffer, query, k, weight=0.5, same_world=True, same_action=False, informative=False, **masks):
@@ -177,6 +179,81 @@ def test_oldest_rows_leave_and_come_back_on_rewind(tmp_path):
         buffer.rewind(2)
 
 
+def doubtful(rng: random.Random, **fields) -> Experience:
+    """A random row, or with even chance one of half quality."""
+    row = random_row(rng, **fields)
+    return replace(row, source="synthetic", reward=1.0) if rng.random() < 0.5 else row
+
+
+def evicted_by_hand(live: list[tuple], n: int, eviction: str) -> list[tuple]:
+    """What stays of (id, row, quality, repeats)."""
+    orders = {"fifo": lambda r: r[0], "quality": lambda r: (r[2], r[0]), "novelty": lambda r: (-r[3], r[0])}
+    gone = {row[0] for row in sorted(live, key=orders[eviction])[:n]}
+    return [row for row in live if row[0] not in gone]
+
+
+@pytest.mark.parametrize("eviction", EVICTION)
+def test_eviction_follows_its_rule_and_retrieval_follows_eviction(eviction):
+    rng, buffer, live = random.Random(11), make(100, eviction=eviction), []
+    for iteration in range(8):
+        rows = [doubtful(rng, iteration=iteration) for _ in range(45)]
+        buffer.add_many(rows)
+        for e in rows:
+            place = (e.env, e.world_id, e.action)
+            repeats = sum((o.env, o.world_id, o.action) == place for _, o, *_ in live)
+            live.append((buffer.db.execute("SELECT max(id) FROM experiences").fetchone()[0] - 44 + rows.index(e), e))
+            live[-1] += (0.5 if e.reward else 1.0, repeats)
+        live = evicted_by_hand(live, max(0, len(live) - 100), eviction)
+        assert list(read_rows(buffer.db, "evicted_at IS NULL")) == [row[:2] for row in live]
+        queries = [RetrievalQuery(e.state, e.action, e.world_id) for e in rows[:6]]
+        found = buffer.retrieve(queries, 3)  # the index lives through evictions
+        assert found == [brute_force(buffer, query, 3) for query in queries]
+
+
+@pytest.mark.parametrize("eviction", ["quality", "novelty"])
+def test_every_eviction_can_step_back(eviction, tmp_path):
+    rng = random.Random(12)
+    iterations = [[doubtful(rng, iteration=i) for _ in range(40)] for i in range(6)]
+    buffer, straight = (make(100, tmp_path / name, eviction) for name in ("a.db", "b.db"))
+    for rows in iterations[:4]:
+        straight.add_many(rows)
+    for rows in iterations:
+        buffer.add_many(rows)
+    buffer.close()
+    buffer = make(100, tmp_path / "a.db", eviction)
+    buffer.rewind(3)
+    for rows in ([], *iterations[4:]):
+        for store in (buffer, straight):
+            store.add_many(rows)
+        assert list(buffer.db.iterdump()) == list(straight.db.iterdump()) and len(buffer) == 100
+
+
+def test_eviction_can_change_between_runs(tmp_path):
+    rng = random.Random(13)
+    rows = [random_row(rng) for _ in range(300)]
+    one, two = make(300, tmp_path / "a.db"), make(300, tmp_path / "b.db", "novelty")
+    one.add_many(rows[:200])
+    one.close()
+    one = make(300, tmp_path / "a.db", "novelty")  # repeats are counted now
+    for start in range(0, 200, 50):
+        two.add_many(rows[start : start + 50])
+    repeats = [store.db.execute("SELECT id, repeats FROM experiences").fetchall() for store in (one, two)]
+    assert repeats[0] == repeats[1] and max(n for _, n in repeats[0]) > 3
+
+
+def test_stores_of_the_first_version_are_brought_up_to_date(tmp_path):
+    buffer, row = make(path=tmp_path / "a.db"), Experience("s", "a", 0.0, "t", False)
+    dreamt = replace(row, source="synthetic", reward=1.0)
+    buffer.add_many([row, dreamt, replace(dreamt, terminated=True)])
+    for column in ("quality", "repeats"):
+        buffer.db.execute(f"ALTER TABLE experiences DROP COLUMN {column}")
+    buffer.db.execute("PRAGMA user_version = 1")
+    buffer.close()
+    buffer = make(path=tmp_path / "a.db")
+    assert buffer.db.execute("SELECT quality FROM experiences ORDER BY id").fetchall() == [(1.0,), (0.5,), (1.0,)]
+    assert buffer.add_experience(row) and len(buffer) == 4
+
+
 def test_balanced_sample():
     rng, buffer = random.Random(5), make()
     buffer.add_many(random_row(rng, success=i % 50 == 0, source="real", task_type="x") for i in range(500))
@@ -185,6 +262,38 @@ def test_balanced_sample():
     assert sum(e.success for e in buffer.sample_balanced(64, seed=1)) == 10  # all there are
     assert buffer.sample_balanced() != buffer.sample_balanced()
     assert len(buffer.sample_balanced(10_000, seed=0)) == 500 and make().sample_balanced() == []
+    worlds = Counter(e.world_id for e in buffer.sample_balanced(50, seed=0, by=["world_id"]))
+    assert set(worlds.values()) == {10} and len(worlds) == 5
+    with pytest.raises(ConfigError, match="world_id"):
+        buffer.sample_balanced(by=["world"])
+
+
+def test_prioritized_sample():
+    rng, buffer = random.Random(14), make()
+    buffer.add_many(random_row(rng, turn=i % 4) for i in range(400))
+    assert buffer.sample_prioritized(16, seed=1) == buffer.sample_prioritized(16, seed=1)
+    assert len(buffer.sample_prioritized(500, seed=1)) == 400 and make().sample_prioritized() == []
+    only = buffer.sample_prioritized(500, priority=lambda e: float(e.turn == 2), seed=1)
+    assert len(only) == 100 and {e.turn for e in only} == {2}
+    drawn = [new_words(e) for seed in range(30) for e in buffer.sample_prioritized(10, alpha=3.0, seed=seed)]
+    plain = [new_words(e) for seed in range(30) for e in buffer.sample_prioritized(10, alpha=0.0, seed=seed)]
+    assert np.mean(drawn) > np.mean(plain) + 1
+    with pytest.raises(ConfigError, match="information"):
+        buffer.sample_prioritized(priority="informatoin")
+    with pytest.raises(ValueError, match="finite"):
+        buffer.sample_prioritized(priority=lambda e: float("nan"))
+
+
+def test_weighted_sample_has_its_probabilities():
+    weights, rng, n = np.array([1.0, 2.0, 5.0]), np.random.default_rng(0), 20_000
+    firsts, pairs = Counter(), Counter()
+    for _ in range(n):
+        one, two = weighted_sample(weights, 2, rng).tolist()
+        firsts[one] += 1
+        pairs[one, two] += 1
+    for i in range(3):
+        assert abs(firsts[i] / n - weights[i] / 8) < 0.012
+    assert abs(pairs[0, 1] / n - 1 / 8 * 2 / 7) < 0.005
 
 
 def test_jsonl_round_trip_and_bad_lines(tmp_path):
@@ -205,6 +314,37 @@ def test_jsonl_round_trip_and_bad_lines(tmp_path):
     assert [e for _, e in read_rows(other.db, "1")] == rows
     with pytest.raises(DataError, match=r"mixed\.jsonl, line 8"):
         make().import_jsonl(mixed, strict=True)
+
+
+def test_parquet_and_datasets_round_trip(tmp_path):
+    rng, buffer = random.Random(15), make()
+    rows = [random_row(rng, observation="Ü \u2028 '\";--", success=[None, True, False][i % 3]) for i in range(60)]
+    buffer.add_many(rows)
+    assert buffer.export_parquet(tmp_path / "rows.parquet") == 60 and os.listdir(tmp_path) == ["rows.parquet"]
+    dataset = buffer.to_dataset()
+    assert dataset.num_rows == 60 and dataset.column_names == list(to_row(rows[0]))
+    for report, other in ((lambda b: b.import_file(tmp_path / "rows.parquet"), make()),
+                          (lambda b: b.import_dataset(dataset), make())):  # fmt: skip
+        assert report(other).added == 60
+        assert [e for _, e in read_rows(other.db, "1")] == rows
+    torn = [to_row(e) for e in rows[:5]] + [{"state": None, "action": "a", "next_state": "t"}, {"turn": 1}]
+    report = make().import_dataset(torn)
+    assert (report.read, report.added) == (5, 5) and [number for number, _ in report.bad] == [6, 7]
+    assert "'state'" in report.bad[0][1]
+    (tmp_path / "rows.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-20])
+    with pytest.raises(DataError, match="expected a parquet file"):
+        make().import_file(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"\.jsonl or \.parquet"):
+        make().import_file(tmp_path / "rows.csv")
+
+
+def test_strict_import_adds_nothing(tmp_path):
+    path, rng, buffer = tmp_path / "late.jsonl", random.Random(16), make(20_000)
+    good = (json.dumps(to_row(random_row(rng))) + "\n").encode()
+    path.write_bytes(good * 6000 + b"{torn")
+    with pytest.raises(DataError, match="line 6001"):
+        buffer.import_file(path, strict=True)
+    assert len(buffer) == 0 and buffer.import_file(path).added == 6000
 
 
 def test_files_that_are_no_store(tmp_path):

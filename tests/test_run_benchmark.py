@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamgym.core.config import config_hash, load_config
+from dreamgym.core.config import REPORTING, config_hash, load_config
 from dreamgym.core.errors import ConfigError, DataError
 from dreamgym.training import benchmark as bm
 from dreamgym.utils.statistics import wilson_interval
@@ -25,7 +25,10 @@ TABLES = {
     ("ppo", "dream"): ("behaviour cloning", "dream RL", "real RL"),
     ("ppo", "s2r"): ("behaviour cloning", "dream RL", "s2r RL", "real RL"),
     ("rft", "real"): ("behaviour cloning", "real RL"),
+    ("sft", "real"): ("behaviour cloning", "sft agent"),
+    ("dpo", "real"): ("behaviour cloning", "dpo agent"),
 }
+TABLES |= {(a, mode): TABLES["ppo", mode] for a in ("grpo", "rloo", "gigpo") for mode in ("real", "dream", "s2r")}
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +121,8 @@ def test_the_hash_is_that_of_the_run_but_for_the_method():
     chosen = [f"rl.algorithm={a}" for a in ("ppo", "rft")], [f"training.mode={m}" for m in ("real", "dream")]
     for algorithm, mode in zip(*chosen, strict=True):
         config = load_config(None, "alfworld", "smoke", [algorithm, "training.seed=4", mode])
-        ignored = ("rl.algorithm", "training.mode", "training.parallel_control", "training.out_dir")
-        assert config_hash(config, (*ignored, "training.use_wandb", "training.use_tensorboard")) == SETTING.hash(4)
+        ignored = ("rl.algorithm", "training.mode", "training.parallel_control", *REPORTING)
+        assert config_hash(config, ignored) == SETTING.hash(4)
     others = [bm.Setting(preset="cpu"), bm.Setting(overrides="rl.gamma=0.5"), bm.Setting(env="webshop")]
     assert len({setting.hash(4) for setting in [SETTING, *others]}) == 4
 

@@ -14,20 +14,43 @@ import torch
 from ..core.config import PolicyModelConfig
 from ..core.data_structures import Experience, Trajectory
 from ..models.experience_sft import endless_batches, example_loss, learning_rate
-from .policy import Policy
+from .policy import Policy, demonstrated_turns
 
 # %% auto #0
-__all__ = ['demonstrations', 'supervised_step', 'validation_loss', 'CloningReport', 'clone', 'rft_update']
+__all__ = ['demonstrations', 'demonstrated', 'episodes_of', 'supervised_step', 'validation_loss', 'CloningReport', 'clone',
+           'rft_update']
 
 # %% ../../nbs/training/35_baselines.ipynb #366b912d
 def demonstrations(
     experiences: Sequence[Experience],
     policy: Policy,
 ) -> list[tuple[list[int], list[int]]]:  # prompt ids, response ids
-    """Rows that an expert acted in; noisy and random actions are left out."""
+    """Rows that an expert acted in; noisy and random actions are seen in what came before, never imitated."""
+    if policy.codec.context != "state":
+        return [row for episode in episodes_of(experiences) for row in demonstrated(episode, policy)]
     rows = [e for e in experiences if e.policy == "expert"]
     responses = [policy.codec.response(e.action) for e in rows]
     return list(zip(policy.codec.prompts([e.state for e in rows]), responses, strict=True)) if rows else []
+
+
+def demonstrated(
+    episode: Sequence[Experience],  # all its turns, in order
+    policy: Policy,
+) -> list[tuple[list[int], list[int]]]:  # prompt ids, response ids of the expert's turns
+    """An episode as the policy would have played it."""
+    turns = demonstrated_turns(policy.codec, [e.state for e in episode], [e.action for e in episode])
+    both = zip(turns, episode, strict=True)
+    return [(list(t.prompt_ids), list(t.response_ids)) for t, e in both if e.policy == "expert"]
+
+
+def episodes_of(
+    experiences: Sequence[Experience],
+) -> list[list[Experience]]:
+    """Rows of each episode, in their order."""
+    episodes: dict[str, list[Experience]] = {}
+    for e in experiences:
+        episodes.setdefault(e.episode_id, []).append(e)
+    return list(episodes.values())
 
 # %% ../../nbs/training/35_baselines.ipynb #e8cd192c
 def supervised_step(

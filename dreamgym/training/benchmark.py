@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..core.config import Config, config_hash, load_config, project_path, project_root
+from ..core.config import REPORTING, Config, config_hash, load_config, project_path, project_root
 from ..core.errors import ConfigError, DataError, DreamGymError, unknown_name
 from ..utils.statistics import Estimate, paired_difference, stratified_bootstrap
 from ..utils.tracking import lock_folder, read_metrics, write_json
@@ -53,7 +53,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "real": Method("real RL", "ppo", "real RL", ("real", "dream", "s2r")),
         "dream": Method("dream RL", "ppo", "dream RL", ("dream", "s2r")),
         "s2r": Method("S2R", "ppo", "s2r RL", ("s2r",)),
+        "grpo": Method("real GRPO", "grpo", "real RL", ("real", "dream", "s2r")),
+        "grpo-dream": Method("dream GRPO", "grpo", "dream RL", ("dream", "s2r")),
+        "grpo-s2r": Method("S2R by GRPO", "grpo", "s2r RL", ("s2r",)),
+        "rloo": Method("real RLOO", "rloo", "real RL", ("real", "dream")),
+        "rloo-dream": Method("dream RLOO", "rloo", "dream RL", ("dream",)),
+        "gigpo": Method("real GiGPO", "gigpo", "real RL", ("real", "dream")),
+        "gigpo-dream": Method("dream GiGPO", "gigpo", "dream RL", ("dream",)),
         "rft": Method("expert iteration", "rft", "real RL", ("real",)),
+        "sft": Method("SFT agent", "sft", "sft agent", ("real",)),
+        "dpo": Method("DPO agent", "dpo", "dpo agent", ("real",)),
     }
 )
 
@@ -105,8 +114,7 @@ class Setting:
     def hash(self, seed: int) -> str:
         """Equal for runs that differ by method only."""
         mine = ("rl.algorithm", "training.mode", "training.parallel_control")
-        paths = ("training.out_dir", "training.use_wandb", "training.use_tensorboard")
-        return config_hash(self.load(seed), (*mine, *paths))
+        return config_hash(self.load(seed), (*mine, *REPORTING))
 
 # %% ../../nbs/training/40_benchmark.ipynb #c27ab338
 @dataclass(frozen=True)

@@ -8,23 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..core.errors import CheckpointError
-from ..core.language_model import load_language_model
-from ..utils.tracking import write_json
-from .policy import Policy
+from ..core.language_model import LanguageModel, load_language_model
+from ..utils.tracking import sync_folder, write_json
+from .policy import Policy, TurnCodec
+from .scale import lora_tensors, merged
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'manifest_name', 'remove_folder', 'read_manifest',
-           'load_policy', 'newest_checkpoint', 'prune_checkpoints']
+__all__ = ['log', 'optimizer_tensors', 'restore_optimizer', 'rng_tensors', 'restore_rng', 'save_checkpoint', 'codec_facts',
+           'manifest_name', 'remove_folder', 'read_manifest', 'load_policy', 'iteration_of', 'manifests',
+           'newest_checkpoint', 'prune_checkpoints']
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #2063322a
 def optimizer_tensors(
@@ -47,6 +52,31 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #f21504e7
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """State of every global random generator."""
+    version, words, gauss = random.getstate()
+    _, keys, *place = np.random.get_state()  # type: ignore[misc]
+    rest = [float(version), float(gauss is not None), gauss or 0.0, *map(float, place)]
+    states = {"python": torch.tensor(words), "numpy": torch.from_numpy(np.asarray(keys, np.int64))}
+    states |= {"rest": torch.tensor(rest, dtype=torch.float64), "torch": torch.get_rng_state()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return states | {f"cuda.{i}": state for i, state in enumerate(cuda)}
+
+
+def restore_rng(
+    tensors: dict[str, torch.Tensor],  # as `rng_tensors` makes them
+) -> None:
+    """Inverse of `rng_tensors`; GPUs that are not there any more are left out."""
+    version, has_gauss, gauss, *place = tensors["rest"].tolist()
+    random.setstate((int(version), tuple(tensors["python"].tolist()), gauss if has_gauss else None))
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(place[0]), int(place[1]), place[2]))
+    torch.set_rng_state(tensors["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+
+# %% ../../nbs/training/35b_checkpoints.ipynb #1611e290
 def save_checkpoint(
     folder: Path,  # such as runs/x/dream/checkpoints
     iteration: int,
@@ -60,17 +90,29 @@ def save_checkpoint(
     for folder_ in (work, final):
         remove_folder(folder_)
     work.mkdir(parents=True)
-    policy.language_model.save(work)
+    LanguageModel(merged(policy.model), policy.tokenizer).save(work)
     save_file({k: v.contiguous() for k, v in policy.value.state_dict().items()}, work / "value_head.safetensors")
+    save_file(rng_tensors(), work / "random.safetensors")
+    if adapters := lora_tensors(policy.model):
+        save_file({k: v.contiguous() for k, v in adapters.items()}, work / "adapters.safetensors")
     if optimizer is not None:
         save_file(optimizer_tensors(optimizer), work / "optimizer.safetensors")
+    files = {path.name: _synced_sha256(path) for path in sorted(work.iterdir())}
+    sync_folder(work)
     work.rename(final)
-    files = {path.name: _sha256(path) for path in sorted(final.iterdir())}
     manifest = folder / manifest_name(iteration)
-    write_json(manifest, {"iteration": iteration, "folder": name, "files": files, **facts})
+    stamp = {"iteration": iteration, "folder": name, "files": files, "codec": codec_facts(policy.codec)}
+    write_json(manifest, stamp | facts)
     return manifest
 
-# %% ../../nbs/training/35b_checkpoints.ipynb #00ed619e
+
+def codec_facts(
+    codec: TurnCodec,
+) -> dict[str, Any]:
+    """What a policy is shown and how it answers."""
+    return {"context": codec.context, "history": codec.history, "response_format": codec.response_format}
+
+# %% ../../nbs/training/35b_checkpoints.ipynb #596572f8
 def manifest_name(iteration: int) -> str:
     """File name of an iteration's manifest."""
     return f"policy_iter_{iteration:04d}.json"
@@ -78,6 +120,13 @@ def manifest_name(iteration: int) -> str:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _synced_sha256(path: Path) -> str:
+    """Forces a file to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return _sha256(path)
 
 
 def remove_folder(folder: Path) -> None:
@@ -112,17 +161,29 @@ def load_policy(
     device: str = "cpu",
 ) -> Policy:
     """The policy of a verified checkpoint."""
-    folder = Path(manifest).parent / read_manifest(manifest)["folder"]
-    policy = Policy(load_language_model(folder, device=device))
+    facts = read_manifest(manifest)
+    folder = Path(manifest).parent / facts["folder"]
+    language_model = load_language_model(folder, device=device)
+    policy = Policy(language_model, TurnCodec(language_model.tokenizer, **facts.get("codec", {})))
     policy.value.load_state_dict(load_file(folder / "value_head.safetensors"))
     return policy.to(device).eval()
+
+
+def iteration_of(manifest: Path) -> int:
+    """Number in a manifest's name."""
+    return int(manifest.stem.rpartition("_")[2])
+
+
+def manifests(folder: Path) -> list[Path]:
+    """All manifests of a folder, oldest first."""
+    return sorted(folder.glob("policy_iter_*.json"), key=iteration_of)
 
 
 def newest_checkpoint(
     folder: Path,
 ) -> tuple[Path, dict[str, Any]] | None:  # manifest and its content; None: there is none
     """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
-    for manifest in sorted(folder.glob("policy_iter_*.json"), reverse=True):
+    for manifest in manifests(folder)[::-1]:
         try:
             return manifest, read_manifest(manifest)
         except CheckpointError as error:
@@ -137,8 +198,8 @@ def prune_checkpoints(
     keep_every: int = 0,  # 0: none besides
 ) -> None:
     """Deletes checkpoints that nobody needs: the manifest first, then its folder."""
-    for manifest in sorted(folder.glob("policy_iter_*.json"))[:-keep_last]:
-        number = int(manifest.stem[-4:])
+    for manifest in manifests(folder)[:-keep_last]:
+        number = iteration_of(manifest)
         if number != best and not (keep_every and number % keep_every == 0):
             manifest.unlink()
             remove_folder(folder / f"iter_{number:04d}")

@@ -50,17 +50,19 @@ def evaluate(
 ) -> dict:  # success, low, high, n, by_type, where it comes from
     """Success of a checkpoint on a split of the real environment."""
     from dreamgym.environments.base_env import make_environment
-    from dreamgym.training.checkpoints import load_policy
-    from dreamgym.training.trainer import evaluate_policy
+    from dreamgym.training.arms import evaluate_policy
+    from dreamgym.training.checkpoints import load_policy, read_manifest
     from dreamgym.utils.tracking import write_json
 
-    config = load_config(arguments.config, arguments.env, None, list(arguments.set))
-    policy = load_policy(arguments.checkpoint)
+    policy, limits = load_policy(arguments.checkpoint), read_manifest(arguments.checkpoint).get("limits", {})
+    trained = [f"policy_model.{key}={value}" for key, value in limits.items()]
+    config = load_config(arguments.config, arguments.env, None, [*trained, *arguments.set])
     env = make_environment(config.environment.name, config.environment)
     split = arguments.split or config.environment.eval_split
     tasks = env.tasks(split)[: arguments.num_episodes or config.training.eval_episodes]
     asked, default = arguments.temperature, config.training.eval_temperature
-    found = evaluate_policy(policy, env, tasks, default if asked is None else asked, arguments.seed, progress)
+    temperature, section = default if asked is None else asked, config.policy_model
+    found = evaluate_policy(policy, env, tasks, temperature, arguments.seed, progress, section)
     origin = {"environment": env.name, "split": split, "info": env.info, "checkpoint": arguments.checkpoint}
     row = origin | found.row() | {"seed": arguments.seed}
     if arguments.output:

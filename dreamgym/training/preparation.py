@@ -24,15 +24,15 @@ from ..models.experience_sft import balanced_rows, encode_examples, train_on_exa
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from .baselines import CloningReport, clone, demonstrations
-from .policy import Policy
+from .policy import Policy, make_codec
 from .rollout import RolloutConfig, rollout
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'BEHAVIOURS', 'training_tasks', 'record_offline', 'offline_data', 'with_initial_states', 'environment_texts',
-           'make_language_model', 'clone_policy', 'demonstration_rows', 'cloned_rollouts', 'experience_model',
-           'train_experience_model']
+           'make_language_model', 'agent_texts', 'make_policy', 'clone_policy', 'cloning_examples',
+           'demonstration_rows', 'cloned_rollouts', 'experience_model', 'train_experience_model']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -123,6 +123,24 @@ def make_language_model(
     )
     return lm.LanguageModel(model.to(device), tokenizer)
 
+# %% ../../nbs/training/35a_preparation.ipynb #4c8953dd
+def agent_texts(
+    section: PolicyModelConfig,
+) -> set[str]:
+    """What a policy writes besides actions: the tags of its response format."""
+    return {"<think></think><action></action>"} if section.response_format == "think" else set()
+
+
+def make_policy(
+    section: PolicyModelConfig,
+    texts: Iterable[str],  # of the environment; used for models from scratch only
+    seed: int,
+    device: str = "cpu",
+) -> Policy:
+    """A policy that has learned nothing yet, with the codec that its section asks for."""
+    language_model = make_language_model(section, {*texts} | agent_texts(section), seed, device)
+    return Policy(language_model, make_codec(language_model.tokenizer, section)).to(device)
+
 # %% ../../nbs/training/35a_preparation.ipynb #22477d4d
 def clone_policy(
     policy: Policy,  # changed in place
@@ -131,11 +149,28 @@ def clone_policy(
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> CloningReport:
     """Behaviour cloning on `policy_model.bc_demonstrations` recorded episodes of the expert, with and without noise."""
-    rows = demonstration_rows(experiences, config.policy_model.bc_demonstrations)
-    held = {task for i, task in enumerate(dict.fromkeys(row.task_id for row in rows)) if i % 10 == 9}
-    train = demonstrations([row for row in rows if row.task_id not in held], policy)
-    validation = demonstrations([row for row in rows if row.task_id in held], policy)
+    train, validation = cloning_examples(policy, experiences, config.policy_model)
     return clone(policy, train, validation, config.policy_model, config.training.seed, on_epoch)
+
+
+def cloning_examples(
+    policy: Policy,
+    experiences: Sequence[Experience],
+    section: PolicyModelConfig,
+) -> tuple[list, list]:  # training and validation rows: prompt ids, response ids
+    """Demonstrations in the policy's own context and format, those that fit into it."""
+    rows = demonstration_rows(experiences, section.bc_demonstrations)
+    held = {task for i, task in enumerate(dict.fromkeys(row.task_id for row in rows)) if i % 10 == 9}
+    parts = [[row for row in rows if (row.task_id in held) == kept] for kept in (False, True)]
+    train, validation = (demonstrations(part, policy) for part in parts)
+    longest = max((len(response) for _, response in train + validation), default=0)
+    if longest > section.max_new_tokens:
+        raise ConfigError(
+            f"policy_model.max_new_tokens is {section.max_new_tokens}, but a demonstrated response has {longest} tokens; "
+            f"set it to {longest} or more"
+        )
+    room = section.context_length - section.max_new_tokens
+    return [row for row in train if len(row[0]) <= room], [row for row in validation if len(row[0]) <= room]
 
 # %% ../../nbs/training/35a_preparation.ipynb #315631b3
 def demonstration_rows(
@@ -157,7 +192,8 @@ def cloned_rollouts(
 ) -> list[Experience]:
     """Real episodes of the cloned policy, sampled at temperature 1."""
     slots = min(128, len(tasks))
-    settings = RolloutConfig(slots, config.policy_model.max_new_tokens)
+    section = config.policy_model
+    settings = RolloutConfig(slots, section.max_new_tokens, context_length=section.context_length)
     generator = TransformersGenerator(policy.language_model)
     batch = env.make(slots)
     played = rollout(generator, batch, tasks, policy.codec, settings, seed=config.training.seed)

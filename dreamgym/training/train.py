@@ -34,9 +34,9 @@ class TrainArguments:
     preset: Literal["auto", "smoke", "cpu", "gpu"] = "auto"
     """Sizes: gpu with CUDA, else cpu; smoke proves that everything runs."""
     mode: Literal["dream", "real", "s2r"] = "dream"
-    """Where the policy trains; s2r continues a finished dream arm for real."""
-    algorithm: Literal["ppo", "rft"] | None = None
-    """Default: the config's rl.algorithm."""
+    """Where the policy trains; s2r continues a finished dream arm for real. sft and dpo play nowhere."""
+    algorithm: Literal["ppo", "grpo", "rloo", "gigpo", "rft", "sft", "dpo"] | None = None
+    """With a critic, by groups, on own successes, or offline (sft, dpo). Default: the config's rl.algorithm."""
     num_iterations: int | None = None
     """Collect-and-update rounds."""
     batch_size: int | None = None
@@ -44,7 +44,7 @@ class TrainArguments:
     seed: int | None = None
     """Seed of every random choice."""
     use_wandb: bool = False
-    """Report to Weights & Biases (extra wandb)."""
+    """Report to Weights & Biases (extra wandb); without WANDB_API_KEY the run is kept offline."""
     out_dir: str | None = None
     """Folder of the run; default: runs/<env>-seed<seed>."""
     resume: str | None = None
@@ -99,17 +99,18 @@ def train(
     arguments: TrainArguments,
 ) -> Path:  # the run's folder
     """Prepares a run where needed and trains one arm in it."""
-    from dreamgym.training.trainer import DreamGymTrainer
+    from dreamgym.training.trainer import OFFLINE, DreamGymTrainer
 
     config, folder = resolve(arguments)
     trainer = DreamGymTrainer(config, folder)
-    ready = trainer.prepare(dream=arguments.mode != "real")
+    arm = config.rl.algorithm if config.rl.algorithm in OFFLINE else arguments.mode
+    ready = trainer.prepare(dream=arm in ("dream", "s2r"))
 
     def keep(row: dict) -> None:
-        if arguments.checkpoints:
-            publish(folder / arguments.mode / "checkpoints", Path(arguments.checkpoints))
+        if arguments.checkpoints and trainer.main:
+            publish(folder / arm / "checkpoints", Path(arguments.checkpoints))
 
-    trainer.fit(ready, arguments.mode, keep)
+    trainer.fit(ready, arm, keep)
     return folder
 
 # %% ../../nbs/training/38_train.ipynb #5209889b
@@ -133,14 +134,22 @@ def start_arm(
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
 # %% ../../nbs/training/38_train.ipynb #77e4fafa
-def main(argv: Sequence[str] | None = None) -> int:  # exit status: 0 done, 2 a setting or file is wrong
+def main(
+    argv: Sequence[str] | None = None,
+) -> int:  # exit status: 0 done, 2 a setting or file is wrong, 130 and 143 stopped by SIGINT and SIGTERM
     """Entry point of the command line."""
     import tyro
+
+    from dreamgym.training.trainer import Terminated, sigterm_interrupts
 
     arguments = tyro.cli(TrainArguments, args=argv, prog="python -m dreamgym.training.train")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        folder = train(arguments)
+        with sigterm_interrupts():
+            folder = train(arguments)
+    except KeyboardInterrupt as stop:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
     except DreamGymError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -147,7 +147,7 @@ def test_overrides_in_every_form():
         ("reasoning_model: {reasoning: 1}", ["reasoning_model.reasoning", "expected a valid boolean", "1 (int)"]),
         ("rl: {gamma: 1.5}", ["mine.yaml", "rl.gamma", "less than or equal to 1", "1.5"]),
         ("rl: {gamma: .nan}", ["mine.yaml", "rl.gamma", "finite number"]),
-        ("rl: {algorithm: dqn}", ["mine.yaml", "rl.algorithm", "'ppo' or 'rft'", "'dqn'"]),
+        ("rl: {algorithm: dqn}", ["mine.yaml", "rl.algorithm", "'ppo'", "'dpo'", "'dqn'"]),
         ("rl: 3", ["mine.yaml", "'rl'", "must map keys to values"]),
         ("- rl", ["mine.yaml", "expected sections", "list"]),
         ("rl: {lr: 1", ["mine.yaml", "expected a readable YAML file", "line"]),

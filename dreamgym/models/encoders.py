@@ -136,6 +136,7 @@ class ServedEncoder:
     ):
         self.server = Server(model, base_url, timeout=timeout)
         self.batch_size, self.attempts, self.key = batch_size, attempts, find_key(self.server)
+        self.dim = 0  # not known yet
         self.dim = self.encode(["width"]).shape[1]
 
     def encode(
@@ -148,7 +149,7 @@ class ServedEncoder:
             return np.zeros((0, self.dim), np.float32)
         parts = [distinct[start : start + self.batch_size] for start in range(0, len(distinct), self.batch_size)]
         vectors = [request_embeddings(self, part) for part in parts]
-        widths = {part.shape[1] for part in vectors} | {getattr(self, "dim", vectors[0].shape[1])}
+        widths = {part.shape[1] for part in vectors} | {self.dim or vectors[0].shape[1]}
         if len(widths) > 1:
             raise DataError(f"{self.server.model}: embeddings of widths {sorted(widths)}, expected one width")
         at = {text: i for i, text in enumerate(distinct)}

@@ -403,8 +403,9 @@ def grow(
     rng: random.Random,
 ) -> list[Task]:  # at most n new tasks
     """Adds variations of tasks that still teach (Eq. 6)."""
-    groups = group_records(known)
-    bases = [task for task in known.tasks() if groups[task.id].variance > 0]
+    groups, tasks = group_records(known), known.tasks()
+    bases = [task for task in tasks if groups[task.id].played and groups[task.id].variance > 0]
+    bases = bases or [task for task in tasks if not groups[task.id].played]
     if not n or not bases or (client is None and known.vary is None):
         return []
     bases = draw(rng, bases, n, [groups[task.id].variance for task in bases])

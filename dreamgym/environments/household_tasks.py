@@ -11,9 +11,16 @@ from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 
-from ..core.data_structures import Task
-from ..core.errors import DataError
-from .household import Game, Goal
+from dreamgym.core.data_structures import (
+    Task,
+)
+from dreamgym.core.errors import (
+    DataError,
+)
+from dreamgym.environments.household import (
+    Game,
+    Goal,
+)
 from dreamgym.environments.household_games import (
     MAX_TURNS,
     SENTENCES,

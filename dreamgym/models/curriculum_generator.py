@@ -148,7 +148,7 @@ def variation(
     state, note = base.initial_state, {"seed_task": base.id, "reason": reason}
     if state is not None:
         state = state.replace(f": {base.instruction}", f": {instruction}")
-    fields = {"source": "generated", "task_type": "", "metadata": {**base.metadata, **note}}
+    fields: dict[str, Any] = {"source": "generated", "task_type": "", "metadata": {**base.metadata, **note}}
     return replace(base, id=task_id, instruction=instruction, initial_state=state, **fields)
 
 # %% ../../nbs/models/25_curriculum_generator.ipynb #034232fd
@@ -254,7 +254,7 @@ def read_outcome(
     if isinstance(episode, Trajectory):
         return episode.task, None if episode.aborted else episode.episode_return
     try:
-        named = {key: episode.get(key) or "" for key in ("task_type", "world_id")}
+        named: dict[str, Any] = {key: episode.get(key) or "" for key in ("task_type", "world_id")}
         task = Task(episode["task_id"], episode["task"], **named)
         return task, None if episode.get("aborted") else float(sum(turn["reward"] for turn in episode["turns"]))
     except KeyError as error:

@@ -173,8 +173,7 @@ class ExperienceStore:
         quality: Callable[[Experience], float] = experience_quality,
     ):
         self.config, self.path, self.dedup, self.quality = config, path, dedup, quality
-        self.db = open_store(path)
-        self.rng = np.random.default_rng(0)  # for samples without a seed
+        self.db, self.rng = open_store(path), np.random.default_rng(0)  # rng: samples without a seed
         prepare_eviction(self.db, config.eviction)
         self._size = self.db.execute("SELECT count(*) FROM experiences WHERE evicted_at IS NULL").fetchone()[0]
 

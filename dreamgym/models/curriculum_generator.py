@@ -330,7 +330,8 @@ def propose(
         groups, most = group_records(known), known.config.shown_tasks
         top = nlargest(most, known.tasks(), key=lambda task: groups[task.id].played * groups[task.id].variance)
         shown = [(task, groups[task.id]) for task in top]
-        replies = client.complete([proposal_request(base, shown, known.config) for base in bases])
+        asked = [proposal_request(base, shown, known.config) for base in bases]
+        replies = client.complete([replace(request, sample=i) for i, request in enumerate(asked)])
         answers = [read_candidates(reply) for reply in replies]
         known.counts["malformed"] += answers.count(None)
         texts = [(answer or [])[: known.config.candidates] for answer in answers]

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from dreamgym.models.curriculum_generator import (
     variation,
 )
 
+TAGS = count()
 FULL = CurriculumConfig(difficulty_increment=1.0, synthetic_fraction_max=0.5)
 SEEDS = [
     Task(f"t{i}", f"put a thing{i} in box{i}.", world_id=f"w{i}", initial_state=f"task: put a thing{i} in box{i}.\nx")
@@ -67,7 +69,7 @@ class Scripted:
 def good_writer(prompt):
     if "selection" in prompt:
         return Reply(json.dumps({"reasoning": "the clearest one", "selection": 2}))
-    tag = abs(hash(prompt)) % 10**9
+    tag = next(TAGS)
     return Reply(json.dumps({"candidates": [f"tidy shelf {tag} of kind {i}" for i in range(6)]}))
 
 

@@ -431,7 +431,7 @@ def goal_trace(
         return []
     return [f"goal {goal.text()}", *facts, "done" if goal_holds(after, goal) else "not yet"]
 
-
+# %% ../../nbs/environments/11c_household_rules.ipynb #35521306
 def _delivery(contents: tuple[str, ...], item: str, place: str, goal: HouseGoal) -> list[str]:
     """Each condition on its own: the thing, its property, the place, and what else is there."""
     moved = next((i for i in contents if name_of(i) == item), item)

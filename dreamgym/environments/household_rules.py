@@ -426,7 +426,7 @@ def goal_trace(
         lamps = [i for i in within_reach(after) if type_of(i) == goal.lamp]
         facts = [_hold(after), " and ".join(lamps) or "no lamp"]
     elif goal.place and verb == "move":
-        facts = _delivery(after.receptacles.get(names[1], Receptacle()).contents or (), *names, goal)
+        facts = _delivery(after.receptacles.get(names[1], Receptacle()).contents or (), names[0], names[1], goal)
     else:
         return []
     return [f"goal {goal.text()}", *facts, "done" if goal_holds(after, goal) else "not yet"]

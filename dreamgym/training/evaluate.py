@@ -60,16 +60,15 @@ def evaluate(
     env = make_environment(config.environment.name, config.environment)
     split = arguments.split or config.environment.eval_split
     tasks = env.tasks(split)[: arguments.num_episodes or config.training.eval_episodes]
-    asked, default = arguments.temperature, config.training.eval_temperature
-    temperature, section = default if asked is None else asked, config.policy_model
-    found = evaluate_policy(policy, env, tasks, temperature, arguments.seed, progress, section)
+    temperature = config.training.eval_temperature if arguments.temperature is None else arguments.temperature
+    found = evaluate_policy(policy, env, tasks, temperature, arguments.seed, progress, config.policy_model)
     origin = {"environment": env.name, "split": split, "info": env.info, "checkpoint": arguments.checkpoint}
     row = origin | found.row() | {"seed": arguments.seed}
     if arguments.output:
         write_json(arguments.output, row)
     return row
 
-
+# %% ../../nbs/training/39_evaluate.ipynb #f98896d7
 def main(argv: Sequence[str] | None = None) -> int:  # exit status: 0 done, 2 a setting or file is wrong
     """Entry point of the command line."""
     import tyro

@@ -166,8 +166,8 @@ def cloning_examples(
     longest = max((len(response) for _, response in train + validation), default=0)
     if longest > section.max_new_tokens:
         raise ConfigError(
-            f"policy_model.max_new_tokens is {section.max_new_tokens}, but a demonstrated response has {longest} tokens; "
-            f"set it to {longest} or more"
+            f"policy_model.max_new_tokens is {section.max_new_tokens}, but a demonstrated response has {longest} "
+            f"tokens; set it to {longest} or more"
         )
     room = section.context_length - section.max_new_tokens
     return [row for row in train if len(row[0]) <= room], [row for row in validation if len(row[0]) <= room]

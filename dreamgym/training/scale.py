@@ -30,7 +30,7 @@ def add_lora(
     rank: int,  # r > 0
     seed: int = 0,
 ) -> None:
-    """Puts LoRA adapters [arXiv:2106.09685] on the linear layers and freezes all else. Raises MissingExtra without peft."""
+    """Puts LoRA [arXiv:2106.09685] on the linear layers and freezes all else. Raises MissingExtra without peft."""
     try:
         import peft
     except ImportError:
@@ -124,8 +124,8 @@ def make_accelerator(
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
-            f"accelerate is configured for {accelerator.distributed_type.value}: the updates of ppo and grpo work there, "
-            "but this trainer lets rank 0 play, which needs the whole policy on it; use DDP (torchrun), or LoRA"
+            f"accelerate is configured for {accelerator.distributed_type.value}: the updates of ppo and grpo work "
+            "there, but this trainer lets rank 0 play, which needs the whole policy on it; use DDP (torchrun), or LoRA"
         )
     return accelerator
 

@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'read_prepared', 'make_prepared', 'make_experience_model', 'RunningLoss', 'require', 'offline_agent',
-           'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts', 'DreamGymTrainer', 'train_arm',
-           'check_arm', 'refuse_unbuilt', 'claim_folder', 'describe']
+           'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts', 'DreamGymTrainer', 'main_first',
+           'read_or_make', 'open_arm', 'train_arm', 'check_arm', 'refuse_unbuilt', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -141,7 +141,8 @@ def offline_agent(
     seed, section, last = config.training.seed, config.policy_model, dict[str, float]()
 
     def told(step: int, logs: dict[str, float]) -> None:
-        last.update({"policy/loss": logs["loss"], "policy/updates": step} if "loss" in logs else {})
+        if "train_loss" in logs:  # the mean over all steps, told at the end
+            last.update({"policy/loss": logs["train_loss"], "policy/updates": step})
 
     if config.rl.algorithm == "dpo":
         pairs, policy = dpo_pairs(rows), copy.deepcopy(ready.policy)
@@ -248,24 +249,15 @@ class DreamGymTrainer:
         self.main = is_main(self.accelerator)
         self.say = progress if self.main else lambda line: None
         self.env = make_environment(config.environment.name, config.environment)
-        with self.main_first():
+        with main_first(self.accelerator):
             claim_folder(self.folder, config, self.env)
-
-    def main_first(self) -> AbstractContextManager[Any]:
-        """Rank 0 goes through this block before the others."""
-        return nullcontext() if self.accelerator is None else self.accelerator.main_process_first()
 
     def prepare(self, dream: bool = True) -> Prepared:
         """Offline data, cloned policy and (for dreams) the experience model; read back where they are on disk."""
-        home, tasks = self.folder / "prepared", prep.training_tasks(self.env, self.config)
-        with self.main_first():
-            if (home / "counts.json").is_file():
-                ready = read_prepared(self, home, tasks)
-            else:
-                with closing(lock_folder(self.folder)):
-                    ready = make_prepared(self, home, tasks)
+        with main_first(self.accelerator):
+            ready = read_or_make(self, self.folder / "prepared")
         if dream and self.main:  # only rank 0 dreams
-            ready.model = make_experience_model(self, ready, home / "experience_model")
+            ready.model = make_experience_model(self, ready, self.folder / "prepared" / "experience_model")
         return ready
 
     def fit(
@@ -276,19 +268,35 @@ class DreamGymTrainer:
     ) -> Policy:  # the policy of the best iteration on real validation games
         """Trains one arm, or continues it from its newest checkpoint."""
         arm, tell = check_arm(self.config, arm), on_iteration or (lambda row: None)
-        with self.opened(arm) as run:
+        with open_arm(self, arm) as run:
             if arm in OFFLINE:
                 policy, row = fit_offline(self, ready, run)
                 tell(row)
                 return policy
             return train_arm(self, ready, arm, run, tell)
 
-    def opened(self, arm: str) -> AbstractContextManager[Any]:
-        """The arm's folder, locked by rank 0, for the others only its path."""
-        if not self.main:
-            return nullcontext(SimpleNamespace(path=self.folder / arm))
-        events = project_path("logs") / self.folder.name / arm if self.config.training.use_tensorboard else None
-        return RunDir(self.folder / arm, events)
+# %% ../../nbs/training/37_trainer.ipynb #773d543a
+def main_first(accelerator: Any) -> AbstractContextManager[Any]:
+    """Rank 0 goes through this block before the others."""
+    return nullcontext() if accelerator is None else accelerator.main_process_first()
+
+
+def read_or_make(trainer: DreamGymTrainer, home: Path) -> Prepared:
+    """The prepared run, but for its experience model; one process makes it."""
+    tasks = prep.training_tasks(trainer.env, trainer.config)
+    if (home / "counts.json").is_file():
+        return read_prepared(trainer, home, tasks)
+    with closing(lock_folder(trainer.folder)):
+        return make_prepared(trainer, home, tasks)
+
+
+def open_arm(trainer: DreamGymTrainer, arm: str) -> AbstractContextManager[Any]:
+    """The arm's folder, locked by rank 0, for the others only its path."""
+    folder = trainer.folder / arm
+    if not trainer.main:
+        return nullcontext(SimpleNamespace(path=folder))
+    events = project_path("logs") / trainer.folder.name / arm if trainer.config.training.use_tensorboard else None
+    return RunDir(folder, events)
 
 # %% ../../nbs/training/37_trainer.ipynb #3bd62139
 def train_arm(
@@ -338,6 +346,7 @@ def refuse_unbuilt(
         "curriculum.synthetic_fraction_max": curriculum.synthetic_fraction_max,
         "curriculum.seed_tasks": curriculum.seed_tasks,
         "reasoning_model.annotation: llm": config.reasoning_model.annotation == "llm",
+        "reasoning_model.provider (a served experience model in a run)": config.reasoning_model.provider != "local",
     }
     for name, value in asked.items():
         if value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,8 +83,6 @@ def test_interrupted_and_continued_is_the_same_run(whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, caplog):
-    import shutil
-
     shutil.copytree(whole / "dream", tmp_path / "dream")
     file = tmp_path / "dream" / "checkpoints" / "iter_0002" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
@@ -93,8 +92,6 @@ def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, caplog):
 
 
 def test_s2r_counts_its_real_transitions(whole, tmp_path):
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     t = trainer(tmp_path / "run")
     t.fit(t.prepare(), "s2r")
@@ -151,6 +148,83 @@ def test_synthetic_ratio_mixes_real_episodes_into_the_dream(tmp_path):
     with RunDir(tmp_path / "dream") as run:
         row = run_iteration(start_arm_loop(t.config, t.prepare(), "dream", "cpu", run))
     assert 0 < row["rollout/real_transitions"] < row["rollout/transitions"]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "gigpo"])
+def test_group_methods_play_groups(algorithm, whole, tmp_path):
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    t = trainer(tmp_path, rl__algorithm=algorithm, rl__group_size=3, training__num_iterations=1)
+    t.fit(t.prepare(), "dream")
+    row = metrics(tmp_path / "dream")[-1]
+    assert row["rollout/n"] == 6 and 0 <= row["policy/flat_groups"] <= 1 and "value/loss" not in row
+
+
+def test_the_real_budget_is_never_exceeded(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    t = trainer(tmp_path / "run", training__real_budget=100, training__s2r_iterations=9)
+    t.fit(t.prepare(), "s2r")
+    rows = metrics(tmp_path / "run" / "s2r")
+    assert 100 - 30 < rows[-1]["rollout/real_transitions"] <= 100 and "eval/success" in rows[-1]
+
+
+@pytest.mark.parametrize("kept", ["keep", "reset"])
+def test_s2r_keeps_or_resets_optimiser_and_critic(kept, whole, tmp_path):
+    shutil.copytree(whole / "prepared", tmp_path / "run" / "prepared")
+    t = trainer(tmp_path / "run", training__s2r_optimizer=kept, rl__invalid_action_penalty=0.1)
+    t.fit(t.prepare(), "dream")
+    with RunDir(tmp_path / "run" / "s2r") as run:
+        loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)
+        assert bool(loop.optimizer.state) == (kept == "keep") == bool(loop.policy.value.weight.any())
+        dreamt = weights(tmp_path / "run" / "dream")
+        assert all(torch.equal(p, dreamt[f"model.{n}"]) for n, p in loop.policy.model.state_dict().items())
+
+
+def test_lora_trains_adapters_only_and_resumes(whole, tmp_path):
+    pytest.importorskip("peft")
+    shutil.copytree(whole / "prepared", tmp_path / "a" / "prepared")
+    shutil.copytree(whole / "prepared", tmp_path / "b" / "prepared")
+    t = trainer(tmp_path / "a", policy_model__lora_rank=2)
+    t.fit(t.prepare(), "dream")
+    t = trainer(tmp_path / "b", policy_model__lora_rank=2)
+    with RunDir(tmp_path / "b" / "dream") as run:
+        run_iteration(start_arm_loop(t.config, t.prepare(), "dream", "cpu", run))
+    t.fit(t.prepare(), "dream")
+    a, b = weights(tmp_path / "a" / "dream"), weights(tmp_path / "b" / "dream")
+    assert metrics(tmp_path / "a" / "dream") == metrics(tmp_path / "b" / "dream")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    start = load_policy(whole / "prepared" / "policy_iter_0000.json").state_dict()
+    assert a.keys() == start.keys() and any(not torch.equal(a[name], start[name]) for name in a)
+
+
+@pytest.mark.parametrize("change", [{"context": "history"}, {"context": "conversation", "context_length": 2048}])
+def test_other_contexts_end_to_end(change, tmp_path):
+    more = {f"policy_model__{key}": value for key, value in change.items()}
+    t = trainer(tmp_path, training__num_iterations=1, **more)
+    t.fit(t.prepare(dream=False), "real")
+    assert metrics(tmp_path / "real")[-1]["policy/mismatch_max"] < 1e-4
+    found = newest_checkpoint(tmp_path / "real" / "checkpoints")
+    assert found is not None and load_policy(found[0]).codec.context == change["context"]
+
+
+def test_thoughts_need_room(tmp_path):
+    t = trainer(tmp_path, policy_model__response_format="think")
+    with pytest.raises(ConfigError, match="policy_model.max_new_tokens is 16"):
+        t.prepare(dream=False)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_offline_agents(algorithm, whole, tmp_path):
+    pytest.importorskip("trl")
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    t = trainer(tmp_path, rl__algorithm=algorithm, policy_model__bc_epochs=1)
+    ready = t.prepare(dream=False)
+    agent = t.fit(ready, algorithm).state_dict()
+    assert metrics(tmp_path / algorithm)[-1]["policy/loss"] > 0
+    again = t.fit(ready, algorithm).state_dict()  # read back
+    assert all(torch.equal(agent[name], again[name]) for name in agent)
+    with pytest.raises(ConfigError, match=f"expected '{algorithm}'"):
+        t.fit(ready, "dream")
 
 
 def test_what_is_not_built_is_refused(tmp_path):

@@ -1,0 +1,99 @@
+"""`python -m dreamgym.training.train` and `evaluate`: help, exit statuses, what they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_trainer import TINY
+
+from dreamgym.core.config import load_config
+from dreamgym.core.errors import MissingExtra
+from dreamgym.training import evaluate, train, trainer
+
+
+def flags(tmp_path, *more):
+    settings = [f"{key}={value}" for key, value in (TINY | {"training.num_iterations": 1}).items()]
+    place = ["--out-dir", str(tmp_path / "run"), "--checkpoints", str(tmp_path / "kept")]
+    return ["--preset", "smoke", *place, *more, "--set", *settings]
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (train, ["--env", "--algorithm", "gigpo", "--mode", "--resume", "--use-wandb", "offline", "--num-iterations"]),
+        (evaluate, ["--checkpoint", "--num-episodes", "--temperature", "0 is greedy", "--output"]),
+    ],
+)
+def test_help(room, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        room.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and not [word for word in said if word not in shown]
+
+
+def test_train_then_evaluate(tmp_path, capsys):
+    assert train.main(flags(tmp_path, "--mode", "real", "--algorithm", "grpo", "--batch-size", "6", "--seed", "3")) == 2
+    assert "rl.group_size" in capsys.readouterr().err
+    more = ["--mode", "real", "--algorithm", "ppo", "--seed", "3"]
+    assert train.main(flags(tmp_path, *more)) == 0
+    manifest, result = tmp_path / "kept" / "policy_iter_0001.json", tmp_path / "result.json"
+    command = ["--checkpoint", str(manifest), "--num-episodes", "2", "--output", str(result)]
+    assert evaluate.main([*command, "--set", "environment.data_dir=generated"]) == 0
+    assert json.loads(result.read_text())["n"] == 2
+
+
+@pytest.mark.parametrize(("kind", "status"), [(KeyboardInterrupt, 130), (trainer.Terminated, 143)])
+def test_exit_status_of_a_stop(kind, status, monkeypatch, capsys):
+    def stopped(arguments):
+        raise kind
+
+    monkeypatch.setattr(train, "train", stopped)
+    assert train.main(["--preset", "smoke"]) == status and "continues" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_process_within_5_seconds(tmp_path):
+    command = [sys.executable, "-m", "dreamgym.training.train", *flags(tmp_path, "--mode", "real")]
+    process = subprocess.Popen([*command, "training.num_iterations=99"], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "real iteration 1" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 143
+    assert (tmp_path / "run" / "real" / "checkpoints" / "policy_iter_0001.json").is_file()
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed(package, monkeypatch):
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=f"pip install .*{package}"):
+        trainer.make_trackers(load_config(None, overrides={f"training.use_{package}": True}), "run", "dream")
+
+
+def test_two_ranks_train_like_one(tmp_path):
+    """Under torchrun, on CPUs; one minibatch an epoch, since ranks compose smaller ones differently."""
+    more = ["--mode", "real", "--checkpoints", ""]
+    settings = ["training.device=cpu", "rl.minibatch=100000", "rl.value_warmup=0", "training.num_iterations=2"]
+    settings += ["rl.algorithm=grpo", "rl.group_size=2"]
+    rows = []
+    for ranks in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if ranks == 2 else []
+        place = tmp_path / str(ranks)
+        command = [sys.executable, *launch, "-m", "dreamgym.training.train", *flags(place, *more), *settings]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (place / "run" / "real" / "metrics.jsonl").read_text().splitlines()
+        rows.append([{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines])
+    one, two = rows
+    assert [row["iteration"] for row in two] == [0, 1, 2] and two[-1]["policy/updates"] > 0
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        numbers = [key for key in a if isinstance(a[key], (int, float)) and key != "policy/flat_groups"]
+        assert all(abs(a[key] - b[key]) < 1e-4 for key in numbers), {k: (a[k], b[k]) for k in numbers}

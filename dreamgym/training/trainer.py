@@ -164,14 +164,17 @@ def offline_agent(
 def fit_offline(
     trainer: DreamGymTrainer,
     ready: Prepared,
+    arm: str,  # 'sft' or 'dpo'
     run: RunDir,
-) -> tuple[Policy, dict[str, Any]]:  # the agent, its row of metrics
+    tell: Callable[[dict[str, Any]], None],  # told its one row of metrics
+) -> Policy:
     """Trains, validates and saves an offline agent, or reads it back."""
     config, start, found = trainer.config, time.monotonic(), newest_checkpoint(run.path / "checkpoints")
     if found:
-        return load_policy(found[0], trainer.device), found[1]["row"]
+        tell(found[1]["row"])
+        return load_policy(found[0], trainer.device)
     if trainer.accelerator is not None and trainer.accelerator.num_processes > 1:
-        raise ConfigError(f"rl.algorithm: {config.rl.algorithm} trains in one process; start it without torchrun")
+        raise ConfigError(f"rl.algorithm: {arm} trains in one process; start it without torchrun")
     policy, metrics = offline_agent(ready, config, trainer.device, trainer.say)
     tasks = trainer.env.tasks("valid")[: config.training.validation_episodes]
     temperature, section = config.training.validation_temperature, config.policy_model
@@ -182,7 +185,8 @@ def fit_offline(
     run.log(row)
     limits = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
     save_checkpoint(run.path / "checkpoints", 1, policy, None, {"row": row, "limits": limits})
-    return policy, row
+    tell(row)
+    return policy
 
 # %% ../../nbs/training/37_trainer.ipynb #ac952ee2
 def make_trackers(
@@ -268,12 +272,9 @@ class DreamGymTrainer:
     ) -> Policy:  # the policy of the best iteration on real validation games
         """Trains one arm, or continues it from its newest checkpoint."""
         arm, tell = check_arm(self.config, arm), on_iteration or (lambda row: None)
+        train = fit_offline if arm in OFFLINE else train_arm
         with open_arm(self, arm) as run:
-            if arm in OFFLINE:
-                policy, row = fit_offline(self, ready, run)
-                tell(row)
-                return policy
-            return train_arm(self, ready, arm, run, tell)
+            return train(self, ready, arm, run, tell)
 
 # %% ../../nbs/training/37_trainer.ipynb #773d543a
 def main_first(accelerator: Any) -> AbstractContextManager[Any]:

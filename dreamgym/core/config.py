@@ -79,7 +79,6 @@ class ReasoningModelConfig(Section):
     layers: int = Field(3, gt=0, description="depth of a model from scratch (blocks) [ours]")
     heads: int = Field(2, gt=0, description="attention heads of a model from scratch [ours]")
     initializer_range: float = Field(0.1, gt=0, description="standard deviation of initial weights [ours]")
-    context_length: int = Field(512, gt=0, description="longest prompt with answer (tokens) [ours]")
     reasoning: bool = Field(True, description="write the reasoning before the next state [paper]")
     history: int = Field(2, ge=0, description="earlier (state, action) pairs in the prompt (turns) [verl-agent]")
     temperature: float = Field(1.0, ge=0, description="sampling temperature in a dream; 0 is greedy [ours]")
@@ -127,7 +126,6 @@ class PolicyModelConfig(Section):
     context_length: int = Field(512, gt=0, description="longest prompt with response (tokens) [ours]")
     max_new_tokens: int = Field(16, gt=0, description="longest response (tokens) [ours]")
     bc_demonstrations: int = Field(240, ge=0, description="expert episodes for cloning; 0 skips it (episodes) [ours]")
-    bc_noise: float = Field(0.3, ge=0, le=1, description="share of random actions in a noisy episode, masked [ours]")
     bc_epochs: int = Field(20, ge=0, description="most passes over the demonstrations [ours]")
     bc_patience: int = Field(2, ge=0, description="passes without a better validation loss before stopping [ours]")
     bc_lr: float = Field(3e-3, gt=0, description="peak learning rate of cloning [ours]")
@@ -262,7 +260,6 @@ class EnvironmentConfig(Section):
     mapper: bool = Field(True, description="abstract states; false: the raw observation [paper]")
     offline_data: str | None = Field("auto", description="'auto' records it, a path reads it, null: none [ours]")
     num_train_worlds: int = Field(600, gt=0, description="training worlds in the offline data (worlds) [ours]")
-    num_validation_worlds: int = Field(64, ge=0, description="held-out worlds for validation (worlds) [ours]")
     eval_split: str = Field("unseen", description="split of the closing table [ours]")
 
     @property

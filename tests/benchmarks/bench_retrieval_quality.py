@@ -6,6 +6,7 @@ State is the previous observation, action the command. The template of an observ
 replaced by X and every list by LIST. Rows of the query's own trace are left out.
 """
 
+import argparse
 import json
 import lzma
 import os
@@ -51,7 +52,12 @@ def precision(rows: list[Experience], weight: float, dim: int, joined: bool = Fa
 
 
 def main() -> None:
-    rows = recorded_rows(Path(os.environ["DREAMGYM_TEST_DATA"]) / "alfworld" / "conformance.jsonl.xz")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=os.environ.get("DREAMGYM_TEST_DATA", ""), help="folder of the test data")
+    folder = parser.parse_args().data
+    if not folder:
+        parser.error("no test data: set $DREAMGYM_TEST_DATA or give --data")
+    rows = recorded_rows(Path(folder) / "alfworld" / "conformance.jsonl.xz")
     for dim in (256, 1024):
         for name, weight in (("state only", 0.0), ("half and half", 0.5), ("action only", 1.0)):
             value, n = precision(rows, weight, dim)

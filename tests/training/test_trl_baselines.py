@@ -182,8 +182,10 @@ def test_the_telemetry_switch_is_on_inside(monkeypatch):
 def test_an_accelerator_of_our_own_keeps_its_settings():
     """TRL's trainers reset accelerate's global state; precision and accumulation would change under our feet."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     with tb.accelerate_as_before():
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test may have left one
         ours = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
         policy = make_policy()
         tb.sft_agent(policy, examples_of(policy), 1, 8)

@@ -26,7 +26,7 @@ from .errors import ConfigError, unknown_name
 __all__ = ['SECTIONS', 'REPORTING', 'unknown_key', 'describe_problem', 'Section', 'ReasoningModelConfig', 'PolicyModelConfig',
            'BufferConfig', 'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig', 'Config',
            'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value', 'read_tree', 'project_root',
-           'project_path', 'resolve_preset', 'preset_path', 'split_override', 'parse_overrides', 'load_config',
+           'project_path', 'resolve_preset', 'preset_paths', 'split_override', 'parse_overrides', 'load_config',
            'check_parameters', 'save_config', 'config_hash', 'config_template']
 
 # %% ../../nbs/core/02_config.ipynb #13a2f83b
@@ -392,15 +392,17 @@ def resolve_preset(
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def preset_path(
+def preset_paths(
     preset: str,  # 'smoke' | 'cpu' | 'gpu'
-) -> Path:  # configs/presets/<preset>.yaml
-    """File of a preset. Raises ConfigError for an unknown one."""
+    env: str | None = None,  # environment whose own settings come on top
+) -> list[Path]:  # configs/presets/<preset>.yaml, and <env>-<preset>.yaml where there is one
+    """Files of a preset. Raises ConfigError for an unknown one."""
     folder = project_root() / "configs" / "presets"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    known = sorted(path.stem for path in folder.glob("*.yaml") if "-" not in path.stem)
     if preset not in known:
         raise ConfigError(f"{unknown_name('preset', preset, [*known, 'auto'])} Presets are files of {folder}.")
-    return folder / f"{preset}.yaml"
+    own = folder / f"{env}-{preset}.yaml"
+    return [folder / f"{preset}.yaml", *([own] if own.is_file() else [])]
 
 # %% ../../nbs/core/02_config.ipynb #76b78f58
 def split_override(
@@ -446,7 +448,7 @@ def load_config(
         layers.append(("env", {"environment": {"name": env}}))
     name = resolve_preset(preset)
     if name:
-        layers.append((f"preset {name}", read_tree(preset_path(name))))
+        layers += [(f"preset {file.stem}", read_tree(file)) for file in preset_paths(name, env)]
     layers.append(("overrides", parse_overrides(overrides)))
     merged: dict[str, Any] = {}
     for origin, tree in layers:

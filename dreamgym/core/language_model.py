@@ -541,8 +541,7 @@ class PromptEncoder:
     ):
         self.tokenizer, self.system = tokenizer, system
         mark = "\u2021content\u2021"
-        messages = [{"role": "system", "content": system}] if system else []
-        messages += [{"role": "user", "content": mark}]
+        messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": mark}]
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         self._before, self._after = rendered.split(mark)
         self._control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)

@@ -96,9 +96,8 @@ class DreamEnv:
         for dream, experience in zip(dreams, experiences, strict=True):
             dream.advance(experience)
         results = [dream_result(e, d.turn >= self.max_turns, mapper) for d, e in zip(dreams, experiences, strict=True)]
-        for slot, result in zip(slots, results, strict=True):
-            if result.done:
-                self._dreams[slot] = None
+        for slot, dream, result in zip(slots, dreams, results, strict=True):
+            self._dreams[slot] = None if result.done else dream
         return results
 
     def close(self) -> None:

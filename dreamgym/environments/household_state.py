@@ -579,7 +579,7 @@ def possible_actions(
         actions = list({*actions, *(f"use {name_of(item)}" for item in lit)})
     return sorted(actions)
 
-
+# %% ../../nbs/environments/11b_household_state.ipynb #f07d14dc
 def _item_actions(state: HouseState, place: str, variant: Variant) -> list[str]:
     """Commands that touch items in one receptacle, or the item in the hands."""
     r, held = state.receptacles[place], name_of(state.hold)

@@ -9,18 +9,18 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.data_structures import Experience, StepResult, Task, Trajectory, from_row, to_row
+from ..core.data_structures import Experience, StepResult, Task, Trajectory, Transition, from_row, to_row
 from ..core.errors import DataError, EnvironmentFailure
 from .base_env import Environment
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'experiences_of', 'save_experiences',
+__all__ = ['log', 'EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'real_experience', 'experiences_of', 'save_experiences',
            'load_experiences']
 
 # %% ../../nbs/environments/16_offline.ipynb #e8d58377
@@ -88,6 +88,19 @@ def near_miss(
     return " ".join([*head[:-words], *tail[-words:]])
 
 # %% ../../nbs/environments/16_offline.ipynb #537b2356
+def real_experience(
+    step: Transition,  # of the real environment
+    task: Task,
+    env: Environment,  # its rules write the reasoning, where it has them
+    **origin: Any,  # episode_id, turn, policy, …
+) -> Experience:
+    """A transition with its reasoning, its task and its origin."""
+    reasoning = env.annotate(step.state, step.action, step.next_state) if env.annotate else ""
+    about: dict[str, Any] = {"split": task.split, "task_id": task.id, "instruction": task.instruction}
+    about |= {"task_type": task.task_type, "world_id": task.world_id}
+    return Experience(**asdict(step), reasoning=reasoning, env=env.name, **about, **origin)
+
+# %% ../../nbs/environments/16_offline.ipynb #cbb97859
 class _Recorder:
     """Chooses actions and writes rows."""
 
@@ -108,26 +121,11 @@ class _Recorder:
         return action, "random" if self.behaviour.noise == 1 else "noise"
 
     def row(self, task: Task, before: StepResult, action: str, who: str, result: StepResult, turn: int) -> Experience:
-        annotate = self.env.annotate
-        return Experience(
-            state=before.state,
-            action=action,
-            reward=result.reward,
-            next_state=result.state,
-            terminated=result.terminated,
-            truncated=result.truncated,
-            observation=result.observation,
-            reasoning=annotate(before.state, action, result.state) if annotate else "",
-            env=self.env.name,
-            split=task.split,
-            task_id=task.id,
-            instruction=task.instruction,
-            task_type=task.task_type,
-            world_id=task.world_id,
-            episode_id=f"{task.id}/{self.behaviour.name}-{self.behaviour.noise:g}/{self.seed}",
-            turn=turn,
-            policy=who,
+        step = Transition(
+            before.state, action, result.reward, result.state, result.terminated, result.truncated, result.observation
         )
+        episode = f"{task.id}/{self.behaviour.name}-{self.behaviour.noise:g}/{self.seed}"
+        return real_experience(step, task, self.env, episode_id=episode, turn=turn, policy=who)
 
 # %% ../../nbs/environments/16_offline.ipynb #dd54a6b5
 def experiences_of(
@@ -141,29 +139,10 @@ def experiences_of(
     states = [turn.state for turn in turns] + [trajectory.final_state]
     rows = []
     for i, turn in enumerate(turns):
-        last = i == len(turns) - 1
-        rows.append(
-            Experience(
-                state=turn.state,
-                action=turn.action,
-                reward=turn.reward,
-                next_state=states[i + 1],
-                terminated=trajectory.terminated and last,
-                truncated=trajectory.truncated and last,
-                reasoning=env.annotate(turn.state, turn.action, states[i + 1]) if env.annotate else "",
-                env=env.name,
-                split=task.split,
-                task_id=task.id,
-                instruction=task.instruction,
-                task_type=task.task_type,
-                world_id=task.world_id,
-                episode_id=f"{task.id}/{policy}/{iteration}-{trajectory.group}",
-                turn=i,
-                success=trajectory.success,
-                policy=policy,
-                iteration=iteration,
-            )
-        )
+        terminated, truncated = (end and i == len(turns) - 1 for end in (trajectory.terminated, trajectory.truncated))
+        step = Transition(turn.state, turn.action, turn.reward, states[i + 1], terminated, truncated)
+        origin = {"episode_id": f"{task.id}/{policy}/{iteration}-{trajectory.group}", "turn": i, "policy": policy}
+        rows.append(real_experience(step, task, env, **origin, success=trajectory.success, iteration=iteration))
     return rows
 
 # %% ../../nbs/environments/16_offline.ipynb #9ae31145

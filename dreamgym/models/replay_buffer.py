@@ -200,7 +200,7 @@ class ExperienceStore:
             return purge_rows(self.db, before)
 
     def close(self) -> None:
-        """Close the database; the store cannot be used afterwards."""
+        """Close the database for good."""
         self.db.close()
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #0209413f

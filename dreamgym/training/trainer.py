@@ -272,9 +272,8 @@ class DreamGymTrainer:
     ) -> Policy:  # the policy of the best iteration on real validation games
         """Trains one arm, or continues it from its newest checkpoint."""
         arm, tell = check_arm(self.config, arm), on_iteration or (lambda row: None)
-        train = fit_offline if arm in OFFLINE else train_arm
         with open_arm(self, arm) as run:
-            return train(self, ready, arm, run, tell)
+            return (fit_offline if arm in OFFLINE else train_arm)(self, ready, arm, run, tell)
 
 # %% ../../nbs/training/37_trainer.ipynb #773d543a
 def main_first(accelerator: Any) -> AbstractContextManager[Any]:

@@ -221,8 +221,7 @@ class RunDir(AbstractContextManager["RunDir"]):
         path: str | Path,  # made if absent; ConfigError if it cannot be written or is in use
         tensorboard: str | Path | None = None,  # folder for event files, such as logs/<run id>
     ):
-        self.path = Path(path)
-        self._lock = lock_folder(path)
+        self.path, self._lock = Path(path), lock_folder(path)
         self.metrics = self.path / "metrics.jsonl"
         append_text(self.metrics, "")
         self._writer = scalar_writer(tensorboard)

@@ -17,12 +17,17 @@ import argparse
 import copy
 import os
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
 
 import torch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from rl_toys import as_trl_sees_it  # noqa: E402
 
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer  # noqa: E402
 from dreamgym.training.advantages import two_level_gae  # noqa: E402
@@ -86,30 +91,6 @@ def some_batch(policy: Policy, reference: Policy, rows: int, prompt: int, respon
     return TokenBatch(lines, counts, old, counts.repeat_interleave(counts), advantages, ref, advantages, values)
 
 
-def padded(batch: TokenBatch) -> dict[str, torch.Tensor]:
-    """The batch as TRL wants it: prompts padded on the left, completions on the right."""
-    counts = batch.counts.tolist()
-    prompts = [row.ids[: row.spans[0][0]] for row in batch.rows]
-    responses = [row.ids[row.spans[0][0] :] for row in batch.rows]
-    before, after = max(map(len, prompts)), max(counts)
-
-    def right(column):
-        return torch.stack([torch.nn.functional.pad(x, (0, after - len(x))) for x in column.split(counts)])
-
-    return {
-        "prompt_ids": torch.tensor([[0] * (before - len(p)) + p for p in prompts]),
-        "prompt_mask": torch.tensor([[0] * (before - len(p)) + [1] * len(p) for p in prompts]),
-        "completion_ids": torch.tensor([r + [0] * (after - len(r)) for r in responses]),
-        "completion_mask": torch.tensor([[1] * len(r) + [0] * (after - len(r)) for r in responses]),
-        "advantages": torch.stack([a[0] for a in batch.advantages.split(counts)]),
-        "old_per_token_logps": right(batch.old_logprobs),
-        "ref_per_token_logps": right(batch.ref_logprobs),
-        "targets": right(batch.targets),
-        "old_values": right(batch.old_values),
-        "num_items_in_batch": torch.tensor(float(sum(counts))),
-    }
-
-
 def trl_step(policy: Policy, batch: TokenBatch):
     """One step of GRPOTrainer's loss and AdamW."""
     import datasets
@@ -134,7 +115,7 @@ def trl_step(policy: Policy, batch: TokenBatch):
         processing_class=policy.tokenizer,
     )
     trainer.beta, trainer.current_gradient_accumulation_steps = 0.005, 1
-    optimizer, inputs = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5), padded(batch)
+    optimizer, inputs = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5), as_trl_sees_it(batch)
 
     def step() -> None:
         trainer._compute_loss(trainer.model, inputs).backward()

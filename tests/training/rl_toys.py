@@ -73,3 +73,25 @@ def weights(policy):
 
 def gradient(policy):
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+def as_trl_sees_it(batch):
+    """Left-padded prompts, right-padded completions, one advantage per row."""
+    rows, counts = batch.rows, batch.counts.tolist()
+    prompts = [row.ids[: row.spans[0][0]] for row in rows]
+    responses = [row.ids[row.spans[0][0] :] for row in rows]
+    before, after = max(map(len, prompts)), max(counts)
+
+    def right(column):
+        return torch.stack([torch.nn.functional.pad(x, (0, after - len(x))) for x in column.split(counts)])
+
+    return {
+        "prompt_ids": torch.tensor([[0] * (before - len(p)) + p for p in prompts]),
+        "prompt_mask": torch.tensor([[0] * (before - len(p)) + [1] * len(p) for p in prompts]),
+        "completion_ids": torch.tensor([r + [0] * (after - len(r)) for r in responses]),
+        "completion_mask": torch.tensor([[1] * len(r) + [0] * (after - len(r)) for r in responses]),
+        "advantages": torch.stack([a[0] for a in batch.advantages.split(counts)]),
+        "old_per_token_logps": right(batch.old_logprobs),
+        "ref_per_token_logps": right(batch.ref_logprobs),
+        "num_items_in_batch": torch.tensor(float(sum(counts))),
+    }

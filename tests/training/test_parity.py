@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from rl_toys import DOORS, LONG, episode, gradient, new_policy, turn
+from rl_toys import DOORS, LONG, as_trl_sees_it, episode, gradient, new_policy, turn
 
 from dreamgym.training.grpo import GRPOSettings, grpo_loss, grpo_share, make_group_batch
 from dreamgym.training.ppo import accumulate
@@ -53,28 +53,6 @@ def single_turns(policy):
     cases = [(s, " ".join([a] * n), r) for r, (s, a, n) in enumerate(zip([*DOORS, LONG], [*DOORS, LONG], (1, 4, 2, 1)))]
     turns = [turn(policy, s, a, float(r), shift=0.1 * (r - 1.5)) for s, a, r in cases]
     return [episode(policy, [t], group=i // 2, task=str(i // 2)) for i, t in enumerate(turns)]
-
-
-def as_trl_sees_it(batch):
-    """Left-padded prompts, right-padded completions, one advantage per row."""
-    rows, counts = batch.rows, batch.counts.tolist()
-    prompts = [row.ids[: row.spans[0][0]] for row in rows]
-    responses = [row.ids[row.spans[0][0] :] for row in rows]
-    before, after = max(map(len, prompts)), max(counts)
-
-    def right(column):
-        return torch.stack([torch.nn.functional.pad(x, (0, after - len(x))) for x in column.split(counts)])
-
-    return {
-        "prompt_ids": torch.tensor([[0] * (before - len(p)) + p for p in prompts]),
-        "prompt_mask": torch.tensor([[0] * (before - len(p)) + [1] * len(p) for p in prompts]),
-        "completion_ids": torch.tensor([r + [0] * (after - len(r)) for r in responses]),
-        "completion_mask": torch.tensor([[1] * len(r) + [0] * (after - len(r)) for r in responses]),
-        "advantages": torch.stack([a[0] for a in batch.advantages.split(counts)]),
-        "old_per_token_logps": right(batch.old_logprobs),
-        "ref_per_token_logps": right(batch.ref_logprobs),
-        "num_items_in_batch": torch.tensor(float(sum(counts))),
-    }
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -333,11 +333,10 @@ class HouseholdEnv:
         self, slots: Sequence[int], tasks: Sequence[Task], seeds: Sequence[int] | None = None
     ) -> list[StepResult]:
         """Starts episodes; games have no randomness, so seeds change nothing."""
-        results = []
-        for slot, task in zip(slots, tasks, strict=True):
-            self._slots[slot], result = start_episode(task, self._engine_of, self._mapper)
-            results.append(result)
-        return results
+        started = [start_episode(task, self._engine_of, self._mapper) for task in tasks]
+        for slot, (running, _) in zip(slots, started, strict=True):
+            self._slots[slot] = running
+        return [result for _, result in started]
 
     def step(self, slots: Sequence[int], actions: Sequence[str]) -> list[StepResult]:
         """Plays one turn in each of the named slots."""
@@ -418,7 +417,7 @@ def build(
         config = EnvironmentConfig()
     games = find_games(config.data_dir)
     info = data_info(games, config)
-    mapper, annotate, verify = state_tools(config, "official" if games else config.size, info["command_style"])
+    tools = state_tools(config, "official" if games else config.size, info["command_style"])
     max_turns = config.max_episode_steps or (MAX_TURNS["full"] if games else MAX_TURNS[config.size])
     engine_of = engine_maker(games, config.engine)
 
@@ -429,16 +428,14 @@ def build(
 
     return Environment(
         name="alfworld" if games else "alfworld-generated",
-        mapper=mapper,
         max_turns=max_turns,
         tasks=lru_cache(maxsize=None)(tasks),
-        make=lambda slots: HouseholdEnv(slots, engine_of, max_turns, mapper),
+        make=lambda slots: HouseholdEnv(slots, engine_of, max_turns, tools["mapper"]),
         expert=explorer,
-        annotate=annotate,
         vary=None if games else vary,
         feasible=None if games else feasible,
-        verify=verify,
         info=info | {"max_turns": max_turns},
+        **tools,
     )
 
 # %% ../../nbs/environments/12_alfworld.ipynb #1123250d
@@ -446,15 +443,20 @@ def state_tools(
     config: Any,  # EnvironmentConfig
     variant: str,  # 'small', 'full' or 'official'
     style: str = "move",  # command style of the games
-) -> tuple[StateMapper, Callable[..., str] | None, Callable[..., list[str]] | None]:
-    """Mapper, annotator and verifier of a kind of games; raw observations have no annotator and no verifier."""
+) -> dict[str, Any]:  # fields of Environment
+    """Mapper and rules of a kind of games; raw observations have no rules."""
     if not config.mapper:
-        return TranscriptMapper(), None, None
-    from dreamgym.environments.household_rules import reasoning_trace, violations
+        return {"mapper": TranscriptMapper()}
+    from dreamgym.environments.household_rules import is_determined, reasoning_trace, violations
     from dreamgym.environments.household_state import VARIANTS, HouseholdMapper
 
     kind = replace(VARIANTS[variant], style=style)
-    return HouseholdMapper(kind), partial(reasoning_trace, variant=kind), partial(violations, variant=kind)
+    return {
+        "mapper": HouseholdMapper(kind),
+        "annotate": partial(reasoning_trace, variant=kind),
+        "verify": partial(violations, variant=kind),
+        "determined": lambda e: is_determined(e.state, e.action, kind),
+    }
 
 # %% ../../nbs/environments/12_alfworld.ipynb #08cd0740
 def engine_maker(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from ..core.data_structures import StepResult, Task
+from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import ConfigError, EnvironmentFailure, unknown_name
 
 # %% auto #0
@@ -54,6 +54,7 @@ class Environment:
     vary: Callable[..., Any] | None = None  # (task, n, seed) -> other instructions for its world
     feasible: Callable[..., Any] | None = None  # generated tasks -> each with its type, or None
     verify: Callable[..., Any] | None = None
+    determined: Callable[[Experience], bool] | None = None  # whether what is known fixes the next state word for word
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
 
 # %% ../../nbs/environments/10_base_env.ipynb #efa3cb82

@@ -27,10 +27,10 @@ Check = Callable[[str, str, str, float, bool], Sequence[str]]  # state, action, 
 
 # %% auto #0
 __all__ = ['Check', 'Facts', 'share', 'text_of', 'Detection', 'detect', 'changed_facts', 'facts_f1', 'TeacherForced',
-           'violation_kinds', 'works', 'score_predictions', 'teacher_forced', 'household_determined', 'copied',
-           'copy_nearest', 'dream_steps', 'Violation', 'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy',
-           'RealityGap', 'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'change_text',
-           'beside_real', 'html_table', 'FidelityReport', 'turned', 'plain', 'plot_hazard_by_depth']
+           'violation_kinds', 'works', 'score_predictions', 'teacher_forced', 'copied', 'copy_nearest', 'dream_steps',
+           'Violation', 'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy', 'RealityGap',
+           'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'change_text', 'beside_real',
+           'html_table', 'FidelityReport', 'turned', 'plain', 'plot_hazard_by_depth']
 
 # %% ../../nbs/training/36_fidelity.ipynb #3c965ca8
 def share(
@@ -207,19 +207,6 @@ def teacher_forced(
     for start in range(0, len(queries), batch):
         predictions += model.predict(queries[start : start + batch])
     return score_predictions(predictions, experiences, model.mapper, check, determined, name)
-
-# %% ../../nbs/training/36_fidelity.ipynb #042f6807
-def household_determined(
-    e: Experience,  # a recorded step
-    **rules: Any,  # what `judge` and `expected_state` take besides, such as the variant of the rules
-) -> bool:
-    """Whether what is known gives a household's next state word for word."""
-    from dreamgym.environments.household_rules import expected_state, judge
-    from dreamgym.environments.household_state import parse_state
-
-    before = parse_state(e.state)
-    works = judge(before, e.action, **rules).ok
-    return works is False or (works is True and e.action != "look" and not expected_state(before, e.action, **rules)[1])
 
 # %% ../../nbs/training/36_fidelity.ipynb #244358fa
 def copied(

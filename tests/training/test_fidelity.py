@@ -13,7 +13,7 @@ from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModel
 from dreamgym.core.data_structures import Experience, Task, Trajectory, Turn
 from dreamgym.core.llm import Reply
 from dreamgym.environments.base_env import make_environment
-from dreamgym.environments.household_rules import expected_state, judge, reasoning_trace, violations
+from dreamgym.environments.household_rules import expected_state, is_determined, judge, reasoning_trace, violations
 from dreamgym.environments.household_state import parse_state
 from dreamgym.environments.offline import EXPERT, RANDOM, Behaviour, record
 from dreamgym.models.reasoning_model import ReasoningExperienceModel, render_target
@@ -27,7 +27,6 @@ from dreamgym.training.fidelity import (
     copy_nearest,
     detect,
     facts_f1,
-    household_determined,
     html_table,
     on_policy,
     plot_hazard_by_depth,
@@ -36,6 +35,10 @@ from dreamgym.training.fidelity import (
     teacher_forced,
     wm2real,
 )
+
+def determined(e):
+    return is_determined(e.state, e.action)
+
 
 FIRST = "task: put a mug in shelf.\nat: nowhere\nhold: nothing\nunseen: desk 1, shelf 1\nlast: ok"
 
@@ -95,7 +98,7 @@ def as_dream(episode, task=None):
 
 
 def test_the_truth_scores_perfectly(env, real):
-    scores = teacher_forced(oracle_model(env, real), real, violations, household_determined, batch=100)
+    scores = teacher_forced(oracle_model(env, real), real, violations, determined, batch=100)
     assert scores.n == len(real) > 1000 and scores.determined.n > 400
     assert scores.exact.value == scores.determined.value == scores.facts.value == 1
     assert scores.violating.value == scores.malformed.value == scores.false_alarms.value == 0
@@ -106,7 +109,7 @@ def test_the_truth_scores_perfectly(env, real):
 
 
 def test_determined_steps_follow_from_the_rules(env, real):
-    known = [row for row in real if household_determined(row)]
+    known = [row for row in real if determined(row)]
     assert len(known) > 0.3 * len(real)
     for row in known:
         before = parse_state(row.state)
@@ -119,13 +122,13 @@ def test_determined_steps_follow_from_the_rules(env, real):
 
 def test_planted_errors_are_counted_one_by_one(env, real):
     wins = [i for i, row in enumerate(real) if row.reward][:7]
-    fails = [i for i, row in enumerate(real) if "\nlast: fail" in row.next_state and household_determined(row)]
-    broken = [i for i, row in enumerate(real) if not row.reward and household_determined(row) and i not in fails][:11]
+    fails = [i for i, row in enumerate(real) if "\nlast: fail" in row.next_state and determined(row)]
+    broken = [i for i, row in enumerate(real) if not row.reward and determined(row) and i not in fails][:11]
     replaced = {i: "banana" for i in broken}
     replaced |= {i: render_target(replace(real[i], reward=0.0, terminated=False), env.mapper) for i in wins}
     replaced |= {i: "x; ok\nno change\nreward 0" for i in fails[:5]}
-    scores = teacher_forced(oracle_model(env, real, replaced), real, violations, household_determined)
-    n, perfect = len(real), teacher_forced(oracle_model(env, real), real, violations, household_determined)
+    scores = teacher_forced(oracle_model(env, real, replaced), real, violations, determined)
+    n, perfect = len(real), teacher_forced(oracle_model(env, real), real, violations, determined)
     assert scores.malformed.value == 11 / n and scores.kinds["malformed"] == 11
     assert scores.reward == replace(perfect.reward, tp=perfect.reward.tp - 7, fn=7) == scores.terminated
     assert scores.kinds["missed reward"] == 7 and scores.kinds["accepted an impossible action"] == 5
@@ -135,14 +138,14 @@ def test_planted_errors_are_counted_one_by_one(env, real):
 
 
 def test_imagined_contents_are_no_violation_but_no_match_either(env, real):
-    looks = [i for i, row in enumerate(real) if row.action.startswith("go to") and not household_determined(row)]
+    looks = [i for i, row in enumerate(real) if row.action.startswith("go to") and not determined(row)]
     i = next(i for i in looks if env.mapper.diff(real[i].state, real[i].next_state).endswith(": closed ?"))
     imagined = next(j for j in looks if ": nothing" in env.mapper.diff(real[j].state, real[j].next_state))
     place = real[imagined].action[6:]
-    scores = score_predictions([replace(real[i])], [real[i]], env.mapper, violations, household_determined)
+    scores = score_predictions([replace(real[i])], [real[i]], env.mapper, violations, determined)
     assert scores.determined.n == 0 and math.isnan(scores.determined.value)
     guess = replace(real[imagined], next_state=env.mapper.merge(real[imagined].state, f"at: {place}\n{place}: fork 77"))
-    scores = score_predictions([guess], [real[imagined]], env.mapper, None, household_determined)
+    scores = score_predictions([guess], [real[imagined]], env.mapper, None, determined)
     assert scores.exact.value == 0 and math.isnan(scores.violating.value)
 
 
@@ -201,7 +204,7 @@ def test_copy_nearest_never_sees_the_own_episode(env, real):
             asked.extend(zip(queries, found, strict=True))
             return found
 
-    scores = copy_nearest(Watched(), real[:300], env.mapper, violations, household_determined)
+    scores = copy_nearest(Watched(), real[:300], env.mapper, violations, determined)
     assert {query.exclude_episode for query, _ in asked} == {row.episode_id for row in real[:300]}
     assert all(row.episode_id != query.exclude_episode for query, rows in asked for row in rows)
     assert scores.n == 300 and 0 < scores.exact.value < 0.9 and scores.false_alarms.value == 0
@@ -365,7 +368,7 @@ def test_report_is_escaped_and_json_ready(env, real):
     hostile = Experience("<img src=x>", "<script>alert(1)</script>", 0.0, "", False)
     rows = [{"turn": 0, "action": hostile.action, "dream": "a\nb", "agree": False}]
     scores = teacher_forced(
-        oracle_model(env, real[:50]), real[:50], violations, household_determined, name="<b>model</b>"
+        oracle_model(env, real[:50]), real[:50], violations, determined, name="<b>model</b>"
     )
     seen = on_policy([dream(None, [FIRST, FIRST], [hostile.action])] * 30, lambda *step: ["<i>bad</i>"])
     report = FidelityReport([scores], [seen], None, None, rows)

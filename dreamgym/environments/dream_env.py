@@ -57,7 +57,7 @@ def dream_result(
 ) -> StepResult:
     """A prediction as an environment's answer."""
     truncated = late and not e.terminated
-    success = e.reward > 0 if e.terminated or truncated else None
+    success = e.reward == 1 if e.terminated or truncated else None
     info = {"reasoning": e.reasoning, "action_error": action_error(e, mapper), "malformed": e.error}
     actions = mapper.admissible_actions(e.next_state)
     return StepResult(e.next_state, "", e.reward, e.terminated, truncated, success, None, actions, info)

@@ -13,15 +13,15 @@ from typing import Any
 
 from ..core.config import BufferConfig, ReasoningModelConfig
 from ..core.data_structures import Experience, Task
-from ..core.errors import PredictionError
+from ..core.errors import DataError, PredictionError
 from ..core.llm import LLMClient, Request
 from ..environments.base_env import StateMapper, TranscriptMapper
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'SYSTEM', 'Query', 'render_target', 'split_target', 'parse_target', 'render_demo', 'render_prompt',
-           'ExperiencePrompts', 'read_prediction', 'asks_memory', 'ReasoningExperienceModel']
+__all__ = ['log', 'SYSTEM', 'Query', 'reward_line', 'render_target', 'split_target', 'parse_target', 'render_demo',
+           'render_prompt', 'ExperiencePrompts', 'read_prediction', 'asks_memory', 'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,19 @@ class Query:
         return ""
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #f30f2ceb
+def reward_line(
+    reward: float,  # 0 to 1
+    terminated: bool,
+) -> str:  # 'reward 0', 'reward 0.67 end', 'reward 1 end'
+    """The last line of a target. Raises DataError for a reward that the contract cannot express."""
+    if not 0 <= reward <= 1 or (reward and not terminated):
+        raise DataError(
+            f"expected a reward between 0 and 1, and none before the end of its episode; got {reward:g}"
+            f"{' at the end' if terminated else ' with terminated=False'}; rescale it, or give it at the end"
+        )
+    return f"reward {round(reward, 2):g}{' end' if terminated else ''}"
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #7cd4f6b5
 def render_target(
     experience: Experience,  # a real transition with its reasoning
     mapper: StateMapper,
@@ -53,12 +66,11 @@ def render_target(
     """The text that the experience model should write for a transition."""
     change = mapper.diff(experience.state, experience.next_state)
     change = "fail" if change.startswith("fail ") else change
-    end = " end" if experience.terminated else ""
     lines = [experience.reasoning or "no reasoning"] if reasoning else []
-    return "\n".join([*lines, change, f"reward {int(experience.reward > 0)}{end}"])
+    return "\n".join([*lines, change, reward_line(experience.reward, experience.terminated)])
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #539cb205
-_REWARD = re.compile(r"reward ([01])( end)?$")
+_REWARD = re.compile(r"reward (0(?:\.\d{1,2})?|1(?:\.00?)?)( end)?$")
 
 
 def split_target(
@@ -67,7 +79,7 @@ def split_target(
     """The parts of a prediction. Raises PredictionError saying what is wrong with it."""
     match = _REWARD.match(lines[-1] if lines else "")
     if not match:
-        raise PredictionError("the last line is not 'reward 0' or 'reward 1 end'")
+        raise PredictionError("the last line is not 'reward 0', or 'reward r end' with 0 <= r <= 1")
     change, reward, terminated = "\n".join(lines[:-1]), float(match.group(1)), bool(match.group(2))
     if reward and not terminated:
         raise PredictionError("a reward without the end of the episode")

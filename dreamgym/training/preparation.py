@@ -21,7 +21,7 @@ from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, load_experiences, record
 from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
-from ..models.reasoning_model import ReasoningExperienceModel
+from ..models.reasoning_model import ReasoningExperienceModel, reward_line
 from ..models.replay_buffer import ExperienceReplayBuffer
 from .baselines import CloningReport, clone, demonstrations
 from .policy import Policy, make_codec
@@ -98,6 +98,7 @@ def environment_texts(
     texts = {"fail ok no change reward 0 1 end seen before action"}
     for e in experiences:
         texts |= {e.state, e.action, e.next_state, e.reasoning, env.mapper.diff(e.state, e.next_state)}
+        texts.add(reward_line(e.reward, e.terminated))
     return texts
 
 # %% ../../nbs/training/35a_preparation.ipynb #028898f8

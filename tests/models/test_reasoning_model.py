@@ -7,7 +7,7 @@ import pytest
 
 from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig
 from dreamgym.core.data_structures import Task
-from dreamgym.core.errors import PredictionError
+from dreamgym.core.errors import DataError, PredictionError
 from dreamgym.core.llm import Reply
 from dreamgym.environments.base_env import TranscriptMapper, make_environment
 from dreamgym.environments.household_rules import reasoning_trace
@@ -67,6 +67,22 @@ def test_every_real_step_survives_the_contract(env, rows, reasoning):
         assert thought == (row.reasoning if reasoning else "")
 
 
+@pytest.mark.parametrize(
+    "reward, line", [(0, "reward 0 end"), (1, "reward 1 end"), (2 / 3, "reward 0.67 end"), (0.5, "reward 0.5 end")]
+)
+def test_rewards_keep_two_decimals(env, rows, reward, line):
+    row = replace(rows[0], reward=float(reward), terminated=True)
+    text = render_target(row, env.mapper)
+    assert text.endswith("\n" + line)
+    assert parse_target(text, row.state, row.action, env.mapper)[2:] == (round(reward, 2), True)
+
+
+@pytest.mark.parametrize("reward, end", [(0.5, False), (1.0, False), (2.0, True), (-1.0, True), (float("nan"), True)])
+def test_rewards_that_the_contract_cannot_express_are_refused(env, rows, reward, end):
+    with pytest.raises(DataError, match="expected a reward between 0 and 1"):
+        render_target(replace(rows[0], reward=reward, terminated=end), env.mapper)
+
+
 def test_a_model_that_writes_the_truth_predicts_it(env, rows):
     client = Answers(*(render_target(row, env.mapper) for row in rows))
     model = model_of(env, client)
@@ -97,6 +113,10 @@ def test_a_model_that_writes_the_truth_predicts_it(env, rows):
         ("thought\nreward 0", "no change"),
         ("thought\nat: desk 1\nreward 2", "last line"),
         ("thought\nat: desk 1\nreward nan end", "last line"),
+        ("thought\nat: desk 1\nreward 1.5 end", "last line"),
+        ("thought\nat: desk 1\nreward 0.667 end", "last line"),
+        ("thought\nat: desk 1\nreward -0.5 end", "last line"),
+        ("thought\nat: desk 1\nreward 0.5", "without the end"),
         ("thought\nat: desk 1\nreward 1", "without the end"),
         ("thought\nfail\nreward 1 end", "cannot earn"),
         ("thought\nfail go to desk 1\nreward 1 end", "stands alone"),

@@ -172,6 +172,9 @@ class CurriculumConfig(Section):
     decay: float = Field(0.9, gt=0, le=1, description="weight that outcomes keep from iteration to iteration [ours]")
     temperature: float = Field(1.0, ge=0, description="sampling temperature of a task's variations [ours]")
     generated_max: int = Field(1000, gt=0, description="generated tasks that are kept, the newest (tasks) [ours]")
+    trials: int = Field(
+        4, gt=0, description="dreams of a new task where no checker exists; it must succeed once [ours]"
+    )
 
 # %% ../../nbs/core/02_config.ipynb #4bf719af
 class RLConfig(Section):
@@ -234,6 +237,7 @@ class TrainingConfig(Section):
     validation_temperature: float = Field(1.0, ge=0, description="policy's temperature in these; 0 is greedy [ours]")
     gap_episodes: int = Field(128, ge=0, description="real games that measure the dream-real gap (episodes) [ours]")
     fidelity_episodes: int = Field(100, gt=0, description="held-out games that test the experience model [ours]")
+    control: bool = Field(True, description="train the real control beside the dream [ours]")
     parallel_control: bool = Field(False, description="train the real control in a process of its own [ours]")
     gap_limit: float = Field(0.2, ge=0, description="warn above this dream success minus real success [ours]")
     save_every: int = Field(1, gt=0, description="iterations between checkpoints [ours]")
@@ -485,14 +489,17 @@ def save_config(
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another training.out_dir") from None
 
 # %% ../../nbs/core/02_config.ipynb #97c824c5
-REPORTING = ("training.out_dir", "training.use_wandb", "training.use_trackio", "training.use_tensorboard")
+REPORTING = (
+    *(f"training.{key}" for key in ("out_dir", "use_wandb", "use_trackio", "use_tensorboard")),
+    *(f"reasoning_model.{key}" for key in ("base_url", "concurrency", "cost_limit")),
+)
 
 
 def config_hash(
     config: Config,
     ignore: Sequence[str] = REPORTING,  # dotted keys
 ) -> str:  # 12 hexadecimal digits
-    """Equal for configurations that describe the same run; where results are reported does not count."""
+    """Equal for configurations that describe the same run, wherever its results go and its server stands."""
     tree = config.model_dump()
     for name in ignore:
         section, key = name.split(".")

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from dreamgym.environments.alfworld import OfficialEngine
-from dreamgym.environments.household import Game
+from dreamgym.environments.household_files import Game
 from dreamgym.environments.household_games import (
     MAX_TURNS,
     ROOM_BASE,

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 from ..core.data_structures import StepResult, Task
 from ..core.errors import ConfigError, DataError, EnvironmentFailure, MissingExtra, unknown_name
 from .base_env import Environment, StateMapper, TranscriptMapper
-from .household import Game, HouseholdEngine, decode_game, expert_action
+from .household import HouseholdEngine, expert_action
+from .household_files import Game, decode_game
 from .household_games import MAX_TURNS, export_game, game_of, household_tasks, task_of
 from .household_tasks import feasible, varied_game, vary
 

@@ -5,326 +5,28 @@
 # %% ../../nbs/environments/11_household.ipynb #3ea12d06
 from __future__ import annotations
 
-import json
 import re
 from bisect import insort
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError
+from dreamgym.environments.household_files import (
+    CLEAN,
+    COOL,
+    HOT,
+    MIDDLE,
+    SLICED,
+    TOGGLED,
+    Game,
+    facing,
+    listing,
+)
 
 # %% auto #0
-__all__ = ['CLEAN', 'HOT', 'COOL', 'TOGGLED', 'SLICED', 'FLAGS', 'TRAITS', 'MIDDLE', 'ATOM', 'GOAL_WORDS', 'TASK', 'HELP',
-           'HELP_RULE', 'TREATMENTS', 'HANDLERS', 'BARE', 'VERBS', 'COMMAND', 'KITCHEN_THINGS', 'MORE_THINGS',
-           'OTHER_THINGS', 'PLACES', 'Goal', 'Game', 'listing', 'Index', 'build_index', 'load_game', 'decode_game',
-           'read_facts', 'instance_names', 'read_goal', 'read_grammar', 'parse_game', 'HouseholdEngine', 'goal_holds',
-           'visible', 'receptacle_text', 'object_text', 'look_text', 'accepts', 'parse_command', 'list_commands',
-           'read_places', 'expert_action']
-
-# %% ../../nbs/environments/11_household.ipynb #1aa0c804
-CLEAN, HOT, COOL, TOGGLED, SLICED = 1, 2, 4, 8, 16
-FLAGS = {"isclean": CLEAN, "ishot": HOT, "iscool": COOL, "istoggled": TOGGLED, "issliced": SLICED}
-TRAITS = ("pickupable", "cleanable", "heatable", "coolable", "toggleable", "sliceable", "isreceptacleobject")
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """`count` objects of one type, with all `needs`, in one receptacle; or held beside a lamp that was switched on."""
-
-    object_type: str
-    receptacle_type: str = ""  # empty for a lamp goal
-    lamp_type: str = ""  # empty for a placing goal
-    needs: int = 0  # flags, such as CLEAN
-    traits: tuple[str, ...] = ()  # traits that the goal asks of the object
-    count: int = 1
-
-# %% ../../nbs/environments/11_household.ipynb #c64f8250
-@dataclass(frozen=True)
-class Game:
-    """One game, ready to play: everything that never changes, and the first state."""
-
-    id: str
-    task: str  # the instruction, such as 'put a clean mug in cabinet.'
-    receptacles: tuple[str, ...]  # names in list order, such as 'cabinet 2'
-    receptacle_types: tuple[str, ...]
-    objects: tuple[str, ...]
-    object_types: tuple[str, ...]
-    openable: tuple[bool, ...]  # per receptacle; all doors are closed at the start
-    place_of: tuple[int, ...]  # place of each receptacle
-    start: int  # place of the agent
-    contents: tuple[tuple[int, ...], ...]  # objects in each receptacle
-    object_places: tuple[frozenset[int], ...]  # places of each object
-    can_contain: frozenset[tuple[str, str]]  # (receptacle type, object type)
-    traits: Mapping[str, frozenset[int]]  # trait -> objects
-    flags: tuple[int, ...]  # first flags of each object
-    inside: Mapping[int, tuple[int, ...]]  # objects inside a hollow object; never changes
-    goal: Goal
-    walkthrough: tuple[str, ...] = ()
-    style: str = "move"  # 'move X to Y', or 'put X in/on Y' as before ALFWorld 0.4
-    help: str = ""  # text of the `help` command; empty: there is none
-    task_type: str = ""
-
-    @cached_property
-    def index(self) -> Index:
-        """Lookup tables, built once for a game."""
-        return build_index(self)
-
-# %% ../../nbs/environments/11_household.ipynb #ab733995
-def listing(
-    names: Iterable[str],  # such as ['mug 2', 'apple 1']
-) -> str:  # 'a mug 2, and a apple 1'
-    """The official engine's list of things."""
-    items = [f"a {name}" for name in names]
-    if not items:
-        return "nothing"
-    if len(items) == 1:
-        return items[0]
-    return ", ".join(items[:-1]) + ", and " + items[-1]
-
-# %% ../../nbs/environments/11_household.ipynb #220215e2
-@dataclass(frozen=True, slots=True)
-class Index:
-    """What the engine looks up at every step."""
-
-    receptacle: Mapping[str, int]
-    object: Mapping[str, int]
-    places: tuple[tuple[int, ...], ...]  # receptacles at each place
-    go_to: tuple[tuple[str, ...], ...]  # sorted 'go to …' commands possible at each place
-    intro: str
-    goal_objects: frozenset[int]
-    goal_receptacles: tuple[int, ...]
-    goal_lamps: tuple[int, ...]
-    parsed: dict[str, tuple[Callable[..., str | None], int, int]]  # commands seen before
-
-# %% ../../nbs/environments/11_household.ipynb #4933520b
-def build_index(game: Game) -> Index:
-    """Lookup tables of a game."""
-    goal, places = game.goal, 1 + max((*game.place_of, game.start))
-    at = tuple(tuple(r for r, p in enumerate(game.place_of) if p == place) for place in range(places))
-    go = sorted((f"go to {name}", game.place_of[r]) for r, name in enumerate(game.receptacles))
-    go_to = tuple(tuple(command for command, p in go if p != place) for place in range(places))
-    candidates = {o for o, kind in enumerate(game.object_types) if kind == goal.object_type}
-    lamps = (o for o in sorted(game.traits["toggleable"]) if game.object_types[o] == goal.lamp_type)
-    return Index(
-        receptacle={name: r for r, name in enumerate(game.receptacles)},
-        object={name: o for o, name in enumerate(game.objects)},
-        places=at,
-        go_to=go_to,
-        intro=_intro(game, at[game.start]),
-        goal_objects=frozenset(candidates.intersection(*(game.traits[t] for t in goal.traits))),
-        goal_receptacles=tuple(r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle_type),
-        goal_lamps=tuple(lamps),
-        parsed={},
-    )
-
-# %% ../../nbs/environments/11_household.ipynb #49a362f2
-MIDDLE = "You are in the middle of a room. Looking quickly around you, you see "
-
-
-def _intro(game: Game, here: tuple[int, ...]) -> str:
-    """First observation: what is in the room, and the task."""
-    look = MIDDLE + listing(game.receptacles) + "."
-    if here:  # the agent starts in front of something
-        look = "You are facing the " + _facing([game.receptacles[r] for r in here]) + ". Next to it, you see nothing."
-    return f"-= Welcome to TextWorld, ALFRED! =-\n\n{look}\n\nYour task is to: {game.task}"
-
-
-def _facing(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + ", and " + names[-1]
-
-# %% ../../nbs/environments/11_household.ipynb #b067322d
-def load_game(
-    source: Path | str | Mapping[str, Any],  # a game.tw-pddl file, or its decoded JSON
-    game_id: str = "",  # name used in messages and results; the path if empty
-) -> Game:
-    """Reads one official (or exported) game. Raises DataError naming the file and the problem."""
-    if isinstance(source, Mapping):
-        return parse_game(source, game_id or "game")
-    try:
-        raw = Path(source).read_bytes()
-    except OSError as error:
-        raise DataError(f"{source}: expected a readable game.tw-pddl file, got {error.strerror}") from error
-    return decode_game(raw, game_id or str(source))
-
-
-def decode_game(
-    raw: bytes | str,  # content of a game.tw-pddl file
-    game_id: str,
-) -> Game:
-    """Reads a game from the content of its file. Raises DataError naming the game and the problem."""
-    try:
-        data = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{game_id}: expected JSON, the file is broken or truncated: {error}") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{game_id}: expected a JSON object with the keys of a game.tw-pddl, got {type(data).__name__}")
-    return parse_game(data, game_id)
-
-# %% ../../nbs/environments/11_household.ipynb #0117bb23
-ATOM = re.compile(r"\(\s*(\w+)\s+([^\s()]+)(?:\s+([^\s()]+))?\s*\)")
-
-
-def read_facts(
-    problem: str,  # lower-cased PDDL problem
-    game_id: str,
-) -> tuple[dict[str, list[tuple[str, str]]], str]:  # facts by predicate; text of the goal
-    """Splits a PDDL problem into its first facts and its goal. Raises DataError if it is not whole."""
-    if ";" in problem:
-        problem = re.sub(r";[^\n]*", "", problem)
-    head, init, rest = problem.partition("(:init")
-    body, mark, goal = rest.partition("(:goal")
-    if not init or not mark:
-        raise DataError(f"{game_id}: expected a PDDL problem with (:init …) and (:goal …), one is missing")
-    if problem.count("(") != problem.count(")"):
-        raise DataError(f"{game_id}: unbalanced parentheses in the PDDL problem; the file is truncated or broken")
-    facts: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    atoms = ATOM.findall(body)
-    if len(atoms) != body.count("("):
-        raise DataError(f"{game_id}: (:init …) holds something that is not a fact of one or two arguments")
-    for name, first, second in atoms:
-        facts[name].append((first, second))
-    return facts, goal
-
-# %% ../../nbs/environments/11_household.ipynb #334f9040
-def instance_names(
-    ids: Iterable[str],  # such as 'mug_bar__plus_01_dot_84'
-) -> dict[str, str]:  # id -> name, such as 'mug 2'
-    """Names as the official engine gives them: numbers in descending order of sorted ids."""
-    count: Counter[str] = Counter()
-    stems = {}
-    for key in sorted(ids):
-        stem, bar, _ = key.partition("_bar_")
-        if bar:
-            stems[key] = stem + "basin" if "basin" in key else stem
-            count[stems[key]] += 1
-    names = {}
-    for key, stem in stems.items():
-        names[key] = f"{stem} {count[stem]}"
-        count[stem] -= 1
-    return names
-
-# %% ../../nbs/environments/11_household.ipynb #aa27d57d
-GOAL_WORDS = {"and", "exists", "not", "=", "inreceptacle", "objecttype", "receptacletype", "holds", "toggleable"}
-GOAL_WORDS |= {"receptacleatlocation", "atlocation", *FLAGS, *TRAITS}
-
-
-def read_goal(
-    text: str,  # lower-cased PDDL from '(:goal' on
-    game_id: str,
-) -> Goal:
-    """Understands the goal of an ALFWorld game. Raises DataError for any other goal."""
-    unknown = sorted(set(re.findall(r"\(\s*([\w=:]+)", text)) - GOAL_WORDS)
-    if unknown:
-        raise DataError(
-            f"{game_id}: the goal uses {unknown[0]!r}, which no ALFWorld task has and this engine cannot play"
-        )
-    atoms = [(name, a, b) for name, a, b in ATOM.findall(text)]
-    kinds = {a: b.removesuffix("type") for name, a, b in atoms if name == "objecttype"}
-    held = [a for name, _, a in atoms if name == "holds"]
-    if held:
-        lamps = [kind for var, kind in kinds.items() if var not in held]
-        if len(lamps) != 1 or held[0] not in kinds:
-            raise DataError(f"{game_id}: expected a goal with one held object and one lamp")
-        return Goal(kinds[held[0]], lamp_type=lamps[0])
-    targets = {b.removesuffix("type") for name, _, b in atoms if name == "receptacletype"}
-    if len(set(kinds.values())) != 1 or len(targets) != 1:
-        raise DataError(f"{game_id}: expected a goal with one object type and one receptacle type")
-    needs = sum({FLAGS[name] for name, _, _ in atoms if name in FLAGS})
-    traits = tuple(sorted({name for name, _, _ in atoms if name in TRAITS}))
-    return Goal(min(kinds.values()), min(targets), needs=needs, traits=traits, count=len(kinds))
-
-# %% ../../nbs/environments/11_household.ipynb #56e04fb1
-TASK = re.compile(r'"rhs"\s*:\s*("Your task is to: (?:[^"\\]|\\.)*")')
-HELP = re.compile(r'action help \{\s*template :: "help";\s*feedback :: "\s*(\w[^"]*)"')
-HELP_RULE = re.compile(r'"help\.feedback"\s*:\s*\[\s*\{\s*"rhs"\s*:\s*("(?:[^"\\]|\\.)*")')
-
-
-def read_grammar(
-    grammar: str,  # the file's 'grammar'
-    game_id: str,
-) -> tuple[str, str, str]:  # task, command style, help text
-    """Task sentence, 'move' or 'put', and the help text. Raises DataError if the task sentence is missing."""
-    found = TASK.search(grammar)
-    if found is None:
-        raise DataError(f"{game_id}: the grammar holds no sentence 'Your task is to: …'")
-    style = "put" if "put {o} in/on {r}" in grammar else "move"
-    plain, rule = HELP.search(grammar), HELP_RULE.search(grammar)
-    text = json.loads(rule[1]).lstrip() if rule else plain[1] if plain else ""
-    return json.loads(found[1]).removeprefix("Your task is to: "), style, text
-
-# %% ../../nbs/environments/11_household.ipynb #2c64dd9a
-def parse_game(
-    data: Mapping[str, Any],  # decoded game.tw-pddl
-    game_id: str,
-) -> Game:
-    """Builds a `Game` from decoded JSON. Raises DataError naming the game and the problem."""
-    for key in ("pddl_domain", "grammar", "pddl_problem"):
-        if not isinstance(data.get(key), str):
-            raise DataError(f"{game_id}: expected text under the key {key!r}, got {type(data.get(key)).__name__}")
-    if "(domain alfred)" not in data["pddl_domain"]:
-        raise DataError(f"{game_id}: expected the PDDL domain 'alfred'; this engine plays ALFWorld games only")
-    task, style, help_text = read_grammar(data["grammar"], game_id)
-    facts, goal_text = read_facts(data["pddl_problem"].lower(), game_id)
-    names = instance_names({key for rows in facts.values() for row in rows for key in row})
-    try:
-        fields = _fields(facts, names)
-    except (KeyError, ValueError, IndexError) as error:
-        raise DataError(f"{game_id}: a fact of the PDDL problem speaks of an unknown thing: {error}") from None
-    walkthrough = tuple(data.get("walkthrough") or ())
-    kind = game_id.replace("\\", "/").split("/")[-3] if game_id.count("/") > 1 else game_id
-    return Game(
-        id=game_id,
-        task=task,
-        goal=read_goal(goal_text, game_id),
-        walkthrough=walkthrough,
-        style=style,
-        help=help_text,
-        task_type=kind.split("-")[0],
-        **fields,
-    )
-
-# %% ../../nbs/environments/11_household.ipynb #794377f8
-def _fields(
-    facts: Mapping[str, list[tuple[str, str]]],  # by predicate
-    names: Mapping[str, str],  # id -> name
-) -> dict[str, Any]:  # the fields of a `Game` that come from facts
-    located = dict(facts["receptacleatlocation"])
-    kinds, types = dict(facts["receptacletype"]), dict(facts["objecttype"])
-    receptacles, objects = sorted(located), sorted(types)
-    place = {name: i for i, name in enumerate(sorted({*located.values(), facts["atlocation"][0][1]}))}
-    number = {key: i for i, key in enumerate(objects)}
-    inner: dict[str, list[int]] = defaultdict(list)
-    for key, outer in facts["inreceptacleobject"]:
-        if key != outer and key in number:
-            inner[outer].append(number[key])
-    contents: dict[str, set[int]] = defaultdict(set)
-    for key, r in facts["inreceptacle"]:
-        contents[located[r] and r].add(number[key])
-    spots: dict[str, set[int]] = defaultdict(set)
-    for key, where in facts["objectatlocation"]:
-        if where in place:
-            spots[key].add(place[where])
-    doors = {key for key, _ in facts["openable"]}
-    flags = {key: sum(bit for name, bit in FLAGS.items() if (key, "") in facts[name]) for key in objects}
-    return {
-        "receptacles": tuple(names[key] for key in receptacles),
-        "receptacle_types": tuple(kinds[key].removesuffix("type") for key in receptacles),
-        "objects": tuple(names[key] for key in objects),
-        "object_types": tuple(types[key].removesuffix("type") for key in objects),
-        "openable": tuple(key in doors for key in receptacles),
-        "place_of": tuple(place[located[key]] for key in receptacles),
-        "start": place[facts["atlocation"][0][1]],
-        "contents": tuple(tuple(sorted(contents[key])) for key in receptacles),
-        "object_places": tuple(frozenset(spots[key]) for key in objects),
-        "can_contain": frozenset((r.removesuffix("type"), o.removesuffix("type")) for r, o in facts["cancontain"]),
-        "traits": {name: frozenset(number[key] for key, _ in facts[name] if key in number) for name in TRAITS},
-        "flags": tuple(flags[key] for key in objects),
-        "inside": {number[key]: tuple(sorted(inner[key])) for key in objects if key in inner},
-    }
+__all__ = ['TREATMENTS', 'HANDLERS', 'BARE', 'VERBS', 'COMMAND', 'KITCHEN_THINGS', 'MORE_THINGS', 'OTHER_THINGS', 'PLACES',
+           'HouseholdEngine', 'goal_holds', 'visible', 'receptacle_text', 'object_text', 'look_text', 'accepts',
+           'parse_command', 'list_commands', 'read_places', 'expert_action']
 
 # %% ../../nbs/environments/11_household.ipynb #0e8f71b1
 class HouseholdEngine:
@@ -426,8 +128,8 @@ def look_text(engine: HouseholdEngine) -> str:
     if not here:
         return MIDDLE + "nothing."
     beside = sorted((o, r) for o, r in engine.outside if r in here and engine.place in engine.spots[o])
-    facing = _facing([game.receptacles[r] for r in here])
-    return f"You are facing the {facing}. Next to it, you see {listing(game.objects[o] for o, _ in beside)}."
+    names = facing([game.receptacles[r] for r in here])
+    return f"You are facing the {names}. Next to it, you see {listing(game.objects[o] for o, _ in beside)}."
 
 # %% ../../nbs/environments/11_household.ipynb #4f0384ae
 def _go(engine: HouseholdEngine, r: int, _: int) -> str | None:

@@ -17,7 +17,7 @@ from dreamgym.core.data_structures import (
 from dreamgym.core.errors import (
     DataError,
 )
-from dreamgym.environments.household import (
+from dreamgym.environments.household_files import (
     Game,
     Goal,
 )

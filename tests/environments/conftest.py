@@ -5,7 +5,8 @@ import random
 import pytest
 
 from dreamgym.core.data_structures import Task
-from dreamgym.environments.household import HouseholdEngine, decode_game, expert_action
+from dreamgym.environments.household import HouseholdEngine, expert_action
+from dreamgym.environments.household_files import decode_game
 from dreamgym.environments.household_games import MAX_TURNS, game_of, household_tasks
 from dreamgym.environments.household_state import VARIANTS, HouseholdMapper
 

@@ -10,19 +10,16 @@ import pytest
 
 from dreamgym.core.errors import DataError
 from dreamgym.environments.alfworld import archive_games
-from dreamgym.environments.household import (
+from dreamgym.environments.household import HouseholdEngine, expert_action, list_commands, object_text
+from dreamgym.environments.household_files import (
     CLEAN,
     COOL,
     HOT,
     SLICED,
     TOGGLED,
     Game,
-    HouseholdEngine,
     decode_game,
-    expert_action,
-    list_commands,
     load_game,
-    object_text,
     parse_game,
 )
 from dreamgym.environments.household_games import HELP_TEXT, generate_game, problem_text

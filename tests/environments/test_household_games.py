@@ -3,7 +3,8 @@
 import pytest
 
 from dreamgym.core.errors import ConfigError, DataError, MissingExtra
-from dreamgym.environments.household import HouseholdEngine, load_game
+from dreamgym.environments.household import HouseholdEngine
+from dreamgym.environments.household_files import load_game
 from dreamgym.environments.household_games import (
     MAX_TURNS,
     TASK_TYPES,

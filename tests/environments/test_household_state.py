@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from dreamgym.core.data_structures import Task
-from dreamgym.environments.household import CLEAN, COOL, FLAGS, HOT, SLICED, TOGGLED, HouseholdEngine
+from dreamgym.environments.household import HouseholdEngine
+from dreamgym.environments.household_files import CLEAN, COOL, FLAGS, HOT, SLICED, TOGGLED
 from dreamgym.environments.household_state import (
     VARIANTS,
     HouseholdMapper,

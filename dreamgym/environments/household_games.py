@@ -15,8 +15,8 @@ from zlib import crc32
 
 from ..core.data_structures import Task
 from ..core.errors import ConfigError, DataError, MissingExtra, unknown_name
-from .household import HouseholdEngine, PLACES, expert_action
-from .household_files import CLEAN, COOL, Game, Goal, HOT, TRAITS
+from .household import PLACES, HouseholdEngine, expert_action
+from .household_files import CLEAN, COOL, HOT, TRAITS, Game, Goal
 
 # %% auto #0
 __all__ = ['FURNITURE', 'THINGS', 'KINDS', 'TASK_TYPES', 'MAX_TURNS', 'RECEPTACLES', 'OBJECTS', 'CLOSED', 'DECORATION',

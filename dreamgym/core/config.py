@@ -23,11 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError, unknown_name
 
 # %% auto #0
-__all__ = ['SECTIONS', 'REPORTING', 'unknown_key', 'describe_problem', 'Section', 'ReasoningModelConfig', 'PolicyModelConfig',
-           'BufferConfig', 'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig', 'Config',
-           'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value', 'read_tree', 'project_root',
-           'project_path', 'resolve_preset', 'preset_paths', 'split_override', 'parse_overrides', 'load_config',
-           'check_parameters', 'save_config', 'config_hash', 'config_template']
+__all__ = ['SECTIONS', 'REPORTING', 'unknown_key', 'describe_problem', 'Section', 'ExperienceTraining', 'ReasoningModelConfig',
+           'PolicyModelConfig', 'BufferConfig', 'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig',
+           'Config', 'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value', 'read_tree',
+           'project_root', 'project_path', 'resolve_preset', 'preset_paths', 'split_override', 'parse_overrides',
+           'load_config', 'check_parameters', 'save_config', 'config_hash', 'config_template']
 
 # %% ../../nbs/core/02_config.ipynb #13a2f83b
 def unknown_key(
@@ -69,8 +69,8 @@ class Section(BaseModel):
             raise ConfigError("\n".join(problems)) from None
 
 # %% ../../nbs/core/02_config.ipynb #550a1840
-class ReasoningModelConfig(Section):
-    """Section `reasoning_model`: the experience model and its supervised training."""
+class ExperienceTraining(Section):
+    """The experience model's language model and its supervised training."""
 
     section: ClassVar[str] = "reasoning_model"
     name: str = Field("scratch", description="'scratch', or a Hugging Face name or folder [ours]")
@@ -79,10 +79,9 @@ class ReasoningModelConfig(Section):
     layers: int = Field(3, gt=0, description="depth of a model from scratch (blocks) [ours]")
     heads: int = Field(2, gt=0, description="attention heads of a model from scratch [ours]")
     initializer_range: float = Field(0.1, gt=0, description="standard deviation of initial weights [ours]")
-    reasoning: bool = Field(True, description="write the reasoning before the next state [paper]")
-    history: int = Field(2, ge=0, description="earlier (state, action) pairs in the prompt (turns) [verl-agent]")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature in a dream; 0 is greedy [ours]")
-    max_new_tokens: int = Field(128, gt=0, description="longest prediction (tokens) [ours]")
+    lora_rank: int = Field(
+        0, ge=0, description="rank of LoRA in fine-tuning a named model; 0: all weights train [ours]"
+    )
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW [ours]")
     lr_end: float = Field(0.05, ge=0, le=1, description="share of the peak left at the last step [ours]")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay [ours]")
@@ -91,6 +90,27 @@ class ReasoningModelConfig(Section):
     demo_dropout: float = Field(0.1, ge=0, le=1, description="share of training prompts without demos [ours]")
     balance: float = Field(
         0.5, ge=0, le=1, description="pull to equal shares of all kinds of transition; 0: none [ours]"
+    )
+
+# %% ../../nbs/core/02_config.ipynb #f221819b
+class ReasoningModelConfig(ExperienceTraining):
+    """Section `reasoning_model`: the experience model, how it is trained, asked and run."""
+
+    reasoning: bool = Field(True, description="write the reasoning before the next state [paper]")
+    history: int = Field(2, ge=0, description="earlier (state, action) pairs in the prompt (turns) [verl-agent]")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature in a dream; 0 is greedy [ours]")
+    max_new_tokens: int = Field(128, gt=0, description="longest prediction (tokens) [ours]")
+    votes: int = Field(1, gt=0, description="predictions of each step, of which the most frequent counts [ours]")
+    pessimism: Literal["none", "lower", "end"] = Field(
+        "none", description="where votes disagree: believe most, lower the reward, or end the dream without one [ours]"
+    )
+    agreement: float = Field(
+        0.75, gt=0, le=1, description="smaller shares of votes are disagreement; pessimism end only [ours]"
+    )
+    verify: bool = Field(False, description="predictions that break the environment's known rules do not count [ours]")
+    redraws: int = Field(0, ge=0, description="times that a prediction which does not count is asked for again [ours]")
+    prompted: bool | None = Field(
+        None, description="instructed instead of fine-tuned; null: if a server runs it [ours]"
     )
     annotation: Literal["rules", "llm"] = Field("rules", description="who writes the reasoning in the data [ours]")
     provider: Literal["local", "openai", "anthropic"] = Field(
@@ -104,6 +124,11 @@ class ReasoningModelConfig(Section):
         None, gt=0, description="calls stop before they cost more (USD); null: none [ours]"
     )
     cache: str | None = Field(None, description="SQLite file that keeps a server's replies; null: none [ours]")
+
+    @property
+    def instructed(self) -> bool:
+        """Whether the model works from instructions; a model of this project's own training needs none."""
+        return self.provider != "local" if self.prompted is None else self.prompted
 
 # %% ../../nbs/core/02_config.ipynb #29cd0917
 class PolicyModelConfig(Section):

@@ -18,10 +18,11 @@ RUNS = [p for p in NOTEBOOKS if p.name.startswith("run_")]
 MODULES = sorted(p for p in (ROOT / "dreamgym").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 EXPORT = re.compile(r"^#\|\s*exports?i?\b")
 TORCH_ROOMS = {
+    "core.small_lm",
     "core.language_model",
     "core.generators",
     "models.experience_sft",
-    *(f"training.{name}" for name in ("policy", "rollout", "advantages", "ppo", "grpo", "baselines", "trl_baselines")),
+    *(f"training.{name}" for name in ("policy", "rollout", "play", "advantages", "ppo", "grpo", "baselines", "trl_baselines")),
     *(f"training.{name}" for name in ("preparation", "checkpoints", "scale", "arms", "trainer")),
     *(f"training.{name}" for name in ("train", "evaluate")),
 }

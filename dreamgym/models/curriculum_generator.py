@@ -422,13 +422,14 @@ def iteration_tasks(
     num_tasks: int,
     client: LLMClient | None,
     rng: random.Random,
+    real: int = 0,  # of these, tasks that are to be played for real
 ) -> list[Task]:  # generated ones first
     """Grows the task set and draws the tasks of its iteration."""
     config, seeds = known.config, list(known.seeds.values())
     beta = strength(config.difficulty_increment, known.iteration)
     if not beta:
         return draw(rng, seeds, num_tasks)
-    most = most_generated(num_tasks, config.synthetic_fraction_max)
+    most = min(most_generated(num_tasks, config.synthetic_fraction_max), num_tasks - real)
     grow(known, most, client, rng)
     groups, made = group_records(known), list(known.generated.values())
     weights = [[math.exp(beta * pull(groups[task.id])) for task in tasks] for tasks in (made, seeds)]
@@ -499,13 +500,14 @@ class CurriculumTaskGenerator:
         self,
         num_tasks: int = 10,
         llm_client: LLMClient | None = None,  # None: only the environment's own generator
+        real: int = 0,  # of these, tasks that are to be played for real: seed tasks, at the end
     ) -> list[Task]:  # num_tasks; with too few seed tasks some repeat
         """Begins an iteration and returns its tasks. Raises ConfigError if no task is known."""
         if not self.known.seeds:
             raise ConfigError("no seed task is known; give seed_tasks, or update_performance with completed episodes")
         self.known.iteration += 1
         rng = random.Random(self.seed * 100_003 + self.known.iteration)
-        return iteration_tasks(self.known, num_tasks, llm_client, rng)
+        return iteration_tasks(self.known, num_tasks, llm_client, rng, real)
 
     def metrics(self) -> dict[str, float]:  # curriculum/...
         """What the task set is like now."""

@@ -6,26 +6,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ..core.config import Config, PolicyModelConfig
+from ..core.config import Config
 from ..core.data_structures import Task, Trajectory, episode_row
 from ..core.errors import CheckpointError, ConfigError
 from ..core.generators import TransformersGenerator
+from ..core.llm import LLMClient
 from ..environments.base_env import Environment
 from ..environments.dream_env import DreamEnv
+from ..models.curriculum_generator import CurriculumTaskGenerator
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
-from ..utils.statistics import wilson_interval
 from ..utils.tracking import RunDir, truncate_file
 from . import checkpoints
 from .advantages import Estimator
@@ -33,93 +35,24 @@ from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
 from .fidelity import on_policy
 from .grpo import GRPOSettings, grpo_update, make_group_batch
+from .play import evaluate_policy, play_settings
 from .policy import Policy
 from .ppo import FiniteGuard, PPOSettings, bare, make_batch, ppo_update
-from .rollout import RolloutConfig, rollout, rollout_metrics
+from .rollout import rollout, rollout_metrics
 from .scale import autocast, from_main, is_main, lora_layers, share_of, trainable
 
 log = logging.getLogger(__name__)
-GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
-OFFLINE = ("sft", "dpo")  # need none
 
 # %% auto #0
-__all__ = ['log', 'GROUPED', 'OFFLINE', 'Evaluation', 'evaluate_policy', 'play_settings', 'dreamable', 'Prepared', 'ArmLoop',
-           'group_size', 'affordable', 'finished', 'check_algorithm', 'make_optimizer', 'start_arm_loop', 'begin',
-           'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'sample_tasks', 'collect', 'update_policy',
-           'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream', 'write_iteration',
-           'log_row', 'save_arm', 'save_stopped', 'best_policy']
+__all__ = ['log', 'GROUPED', 'OFFLINE', 'Prepared', 'ArmLoop', 'group_size', 'affordable', 'finished', 'make_curriculum',
+           'task_writer', 'dreams_of_success', 'check_algorithm', 'make_optimizer', 'start_arm_loop', 'begin',
+           'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'play_iteration', 'sample_tasks', 'collect',
+           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream',
+           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
-# %% ../../nbs/training/36a_arms.ipynb #1db99314
-@dataclass(frozen=True)
-class Evaluation:
-    """Success of a policy on some tasks."""
-
-    trajectories: list[Trajectory]
-    temperature: float
-
-    @property
-    def outcomes(self) -> list[bool]:
-        """Won or not, for each episode that was not aborted."""
-        return [bool(t.success) for t in self.trajectories if t.aborted is None]
-
-    def row(self) -> dict[str, Any]:
-        """Success with its Wilson interval, n, success by task type."""
-        estimate = wilson_interval(sum(self.outcomes), max(len(self.outcomes), 1))
-        kinds = sorted({t.task.task_type for t in self.trajectories})
-        by_type = {k: [bool(t.success) for t in self.trajectories if t.task.task_type == k] for k in kinds}
-        metrics = rollout_metrics(self.trajectories)
-        return {
-            "success": estimate.value,
-            "low": estimate.low,
-            "high": estimate.high,
-            "n": len(self.outcomes),
-            "aborted": metrics["aborted"],
-            "temperature": self.temperature,
-            "turns": metrics["turns"],
-            "invalid_actions": metrics["invalid_actions"],
-            "transitions": metrics["transitions"],
-            "by_type": {kind: [sum(won), len(won)] for kind, won in by_type.items()},
-        }
-
-# %% ../../nbs/training/36a_arms.ipynb #97eba1f1
-def evaluate_policy(
-    policy: Policy,
-    env: Environment,
-    tasks: Sequence[Task],
-    temperature: float = 1.0,  # 0: greedy
-    seed: int = 0,
-    progress: str = "",  # label of a progress bar; empty: none
-    section: PolicyModelConfig = PolicyModelConfig(),  # limits of response and context
-) -> Evaluation:
-    """Plays every task once in the real environment."""
-    slots = max(1, min(128, len(tasks)))
-    batch = env.make(slots)
-    settings = play_settings(section, slots, temperature=temperature, progress=progress)
-    generator = TransformersGenerator(policy.language_model)
-    trajectories = rollout(generator, batch, tasks, policy.codec, settings, seed=seed)
-    batch.close()
-    return Evaluation(trajectories, temperature)
-
-
-def play_settings(
-    section: PolicyModelConfig,
-    slots: int,
-    **more: Any,  # fields of RolloutConfig
-) -> RolloutConfig:
-    """A rollout within the limits of the section."""
-    return RolloutConfig(slots, section.max_new_tokens, context_length=section.context_length, **more)
-
-# %% ../../nbs/training/36a_arms.ipynb #602b7aef
-def dreamable(
-    env: Environment,
-    tasks: Sequence[Task],
-) -> list[Task]:  # with initial states; games that cannot be played are left out
-    """Gives tasks their real first states; each costs one real reset and no transition."""
-    batch = env.make(len(tasks))
-    results = batch.reset(range(len(tasks)), tasks)
-    batch.close()
-    found = zip(tasks, results, strict=True)
-    return [replace(task, initial_state=result.state) for task, result in found if result.aborted is None]
+# %% ../../nbs/training/36a_arms.ipynb #256c3996
+GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
+OFFLINE = ("sft", "dpo")  # need none
 
 # %% ../../nbs/training/36a_arms.ipynb #397e6737
 @dataclass
@@ -164,6 +97,11 @@ class ArmLoop:
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     trackers: Sequence[Any] = ()  # accelerate's, besides the run's own files
     whole: bool = True  # weights, counters and metrics are those of `iteration`; False in the middle of an update
+    curriculum: CurriculumTaskGenerator = field(init=False)  # rank 0's counts
+    known: dict[str, Any] = field(default_factory=dict)  # the curriculum's state after `iteration`
+
+    def __post_init__(self) -> None:
+        self.curriculum = make_curriculum(self)
 
     @property
     def player(self) -> Policy:
@@ -200,6 +138,31 @@ def finished(loop: ArmLoop) -> bool:
     training = loop.config.training
     last = training.num_iterations + (training.s2r_iterations if loop.arm == "s2r" else 0)
     return loop.iteration >= last or (loop.where == "real" and affordable(loop) == 0)
+
+# %% ../../nbs/training/36a_arms.ipynb #9eabd148
+def make_curriculum(loop: ArmLoop) -> CurriculumTaskGenerator:
+    """The generator of an arm's tasks."""
+    config, env = loop.config, loop.ready.env
+    offers: dict[str, Any] = {"by_cluster": group_size(loop) == 1, "vary": env.vary}
+    offers["feasible"] = env.feasible or partial(dreams_of_success, loop)
+    return CurriculumTaskGenerator(config.curriculum, loop.ready.tasks, config.training.seed, **offers)
+
+
+def task_writer(loop: ArmLoop) -> LLMClient | None:
+    """The experience model's client (the paper's shared parameters); None for a model from scratch."""
+    model = loop.ready.model
+    return model.client if model is not None and loop.config.reasoning_model.name != "scratch" else None
+
+
+def dreams_of_success(
+    loop: ArmLoop,
+    tasks: Sequence[Task],
+) -> list[bool]:  # whether the policy solved the task in a dream
+    """Plays each task `curriculum.trials` times in the dream."""
+    trials = loop.config.curriculum.trials
+    dreams = collect(loop, "dream", [task for task in tasks for _ in range(trials)])
+    won = [bool(dream.success) for dream in dreams]
+    return [any(won[i : i + trials]) for i in range(0, len(won), trials)]
 
 # %% ../../nbs/training/36a_arms.ipynb #4a2122eb
 def check_algorithm(
@@ -282,7 +245,7 @@ def load_arm(
     facts: dict[str, Any],  # the manifest's content
     optimizer: bool = True,  # optimiser and critic too
 ) -> None:
-    """Weights, optimiser, random generators and counters of a checkpoint."""
+    """Weights, optimiser, random generators, curriculum and counters of a checkpoint."""
     saved, folder = load_policy(manifest, loop.device), manifest.parent / facts["folder"]
     if lora_layers(loop.policy):
         loop.policy.model.load_state_dict(load_file(folder / "adapters.safetensors", loop.device), strict=False)
@@ -295,6 +258,8 @@ def load_arm(
     loop.iteration, loop.best = facts["iteration"], facts["best"]
     loop.real_transitions, loop.fresh_from = facts["real_transitions"], facts["fresh_from"]
     loop.guard.failures = facts["failures"]
+    loop.known = json.loads((folder / "curriculum.json").read_text(encoding="utf-8"))
+    loop.curriculum.load_state_dict(loop.known)
 
 
 def continue_dream(
@@ -318,22 +283,21 @@ def run_iteration(
     start, number = time.monotonic(), loop.iteration + 1
     seed = loop.config.training.seed * 100_003 + number
     torch.manual_seed(seed)
-    where, (dreamt, real) = loop.where, sample_tasks(loop, seed)
-    trajectories = from_main(lambda: collect(loop, "dream", dreamt) + collect(loop, "real", real), loop.accelerator)
-    rolled = time.monotonic()
+    where, (dreams, games) = loop.where, from_main(lambda: play_iteration(loop), loop.accelerator)
+    trajectories, rolled, learned = dreams + games, time.monotonic(), loop.curriculum.state_dict()
     metrics = rollout_metrics(trajectories)
-    counted = loop.real_transitions + sum(len(t.turns) for t in trajectories[len(dreamt) :])
+    counted = loop.real_transitions + sum(len(t.turns) for t in games)
     row: dict[str, Any] = {"iteration": number, "rollout/source": where, "rollout/n": metrics["episodes"]}
-    row |= {f"rollout/{key}": value for key, value in metrics.items()}
+    row |= {f"rollout/{key}": value for key, value in metrics.items()} | loop.curriculum.metrics()
     loop.whole = False
     row |= update_policy(loop, trajectories, seed) | {"rollout/real_transitions": counted}
     row |= {"time/rollout": rolled - start, "time/update": time.monotonic() - rolled}
-    loop.iteration, loop.real_transitions = number, counted
+    loop.iteration, loop.real_transitions, loop.known = number, counted, learned
     every = loop.config.training.eval_every
     if finished(loop) or (every and number % every == 0):
         validate(loop, row)
-        if dreamt and is_main(loop.accelerator):
-            measure_dream(loop, row, trajectories[: len(dreamt)])
+        if dreams and is_main(loop.accelerator):
+            measure_dream(loop, row, dreams)
     row["time/iteration"] = time.monotonic() - start
     if is_main(loop.accelerator):
         write_iteration(loop, row, trajectories)
@@ -341,19 +305,27 @@ def run_iteration(
     return row
 
 # %% ../../nbs/training/36a_arms.ipynb #18fff2b6
+def play_iteration(
+    loop: ArmLoop,  # its curriculum learns
+) -> tuple[list[Trajectory], list[Trajectory]]:  # dreams, real games
+    """The episodes of one iteration."""
+    dreamt, real = sample_tasks(loop)
+    dreams, games = collect(loop, "dream", dreamt), collect(loop, "real", real)
+    for trajectory in dreams + games:
+        loop.curriculum.update_performance(trajectory)
+    return dreams, games
+
+
 def sample_tasks(
-    loop: ArmLoop,
-    seed: int,
+    loop: ArmLoop,  # its curriculum begins an iteration
 ) -> tuple[list[Task], list[Task]]:  # to dream, to play for real; a task of a group stands there several times
     """Training tasks of one iteration, each in one group as long as there are enough."""
     training, group = loop.config.training, group_size(loop)
-    choice, pool = random.Random(seed), loop.ready.tasks
     ratio = loop.config.buffer.synthetic_ratio if loop.where == "dream" else 0.0
     real = min(training.batch_size - round(ratio * training.batch_size / group) * group, affordable(loop))
     size = (training.batch_size if loop.where == "dream" else real) // group
-    tasks = choice.sample(pool, min(size, len(pool)))
-    tasks += [choice.choice(pool) for _ in range(size - len(tasks))]
-    tasks = [task for task in tasks for _ in range(group)]
+    chosen = loop.curriculum.generate_tasks(size, task_writer(loop), real // group)
+    tasks = [task for task in chosen for _ in range(group)]
     return tasks[: len(tasks) - real], tasks[len(tasks) - real :]
 
 # %% ../../nbs/training/36a_arms.ipynb #ae5a7635
@@ -470,11 +442,11 @@ def validate(
 def measure_dream(
     loop: ArmLoop,
     row: dict[str, Any],  # metrics are added
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory],  # dreams
 ) -> None:
     """Gap between dream and real success on the same tasks, and the hazard of the policy's own dreams."""
     training, env, section = loop.config.training, loop.ready.env, loop.config.policy_model
-    dreams = [t for t in trajectories if t.aborted is None][: training.gap_episodes]
+    dreams = [t for t in trajectories if t.aborted is None and t.task.source == "real"][: training.gap_episodes]
     if len(dreams) < 2:
         return
     temperature, tasks = loop.config.rl.temperature, [t.task for t in dreams]
@@ -521,7 +493,9 @@ def save_arm(
     facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm}
     facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(loop.ready.buffer)}
     facts["limits"] = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
-    save_checkpoint(loop.checkpoints, loop.iteration, loop.player, loop.optimizer, facts)
+    save_checkpoint(
+        loop.checkpoints, loop.iteration, loop.player, loop.optimizer, facts, {"curriculum.json": loop.known}
+    )
     checkpoints.prune_checkpoints(loop.checkpoints, training.keep_last, loop.best["iteration"], training.keep_every)
 
 # %% ../../nbs/training/36a_arms.ipynb #6dc51071

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def save_checkpoint(
     policy: Policy,
     optimizer: torch.optim.Optimizer | None,
     facts: dict[str, Any],  # JSON: metrics offset, best score, config hash, …
+    more: Mapping[str, Any] | None = None,  # further files of JSON: name -> content
 ) -> Path:  # the manifest, 'policy_iter_0003.json'
     """Writes a checkpoint; it exists once its manifest does."""
     name = f"iter_{iteration:04d}"
@@ -95,6 +97,8 @@ def save_checkpoint(
     save_file(rng_tensors(), work / "random.safetensors")
     if adapters := lora_tensors(policy.model):
         save_file({k: v.contiguous() for k, v in adapters.items()}, work / "adapters.safetensors")
+    for file, content in (more or {}).items():
+        (work / file).write_text(json.dumps(content), encoding="utf-8")
     if optimizer is not None:
         save_file(optimizer_tensors(optimizer), work / "optimizer.safetensors")
     files = {path.name: _synced_sha256(path) for path in sorted(work.iterdir())}

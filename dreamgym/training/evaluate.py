@@ -50,8 +50,8 @@ def evaluate(
 ) -> dict:  # success, low, high, n, by_type, where it comes from
     """Success of a checkpoint on a split of the real environment."""
     from dreamgym.environments.base_env import make_environment
-    from dreamgym.training.arms import evaluate_policy
     from dreamgym.training.checkpoints import load_policy, read_manifest
+    from dreamgym.training.play import evaluate_policy
     from dreamgym.utils.tracking import write_json
 
     policy, limits = load_policy(arguments.checkpoint), read_manifest(arguments.checkpoint).get("limits", {})

@@ -31,8 +31,9 @@ from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
 from ..utils.tracking import RunDir, lock_folder, write_json, writing
 from . import arms, checkpoints
 from . import preparation as prep
-from .arms import OFFLINE, ArmLoop, Prepared, evaluate_policy, run_iteration, start_arm_loop
+from .arms import OFFLINE, ArmLoop, Prepared, run_iteration, start_arm_loop
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
+from .play import evaluate_policy
 from .policy import Policy
 from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent

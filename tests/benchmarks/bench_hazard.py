@@ -14,8 +14,8 @@ import tempfile
 from dreamgym.core.config import load_config
 from dreamgym.core.generators import TransformersGenerator
 from dreamgym.environments.dream_env import DreamEnv
-from dreamgym.training.arms import dreamable
 from dreamgym.training.fidelity import on_policy
+from dreamgym.training.play import dreamable
 from dreamgym.training.rollout import RolloutConfig, rollout
 from dreamgym.training.trainer import DreamGymTrainer
 

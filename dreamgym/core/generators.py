@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .errors import ConfigError, DreamGymError, MissingExtra
-from .language_model import BufferedCache, LanguageModel
+from .language_model import LanguageModel
+from .small_lm import BufferedCache
 
 # %% auto #0
 __all__ = ['GOLDEN', 'SamplingParams', 'Generation', 'Generator', 'require_generator', 'derive_seed', 'row_seeds', 'scramble',

@@ -12,21 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_utils import PreTrainedModel
 
 from .errors import DataError
+from .small_lm import SmallLMConfig
 
 # %% auto #0
-__all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'PIECES', 'ENTITY', 'numbered_entities', 'word_decoder',
-           'train_tokenizer', 'SmallLMConfig', 'token_parts', 'ShortConv', 'BufferedLayer', 'BufferedCache',
-           'rotary_angles', 'rotate', 'ClosingLinear', 'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained',
-           'part_sums', 'SmallTrunk', 'SmallLMForCausalLM', 'architecture_config', 'build_model', 'LanguageModel',
+__all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'CALLS', 'PIECES', 'ENTITY', 'numbered_entities', 'word_decoder',
+           'train_tokenizer', 'token_parts', 'architecture_config', 'build_model', 'LanguageModel',
            'load_language_model', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows', 'trunk']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
@@ -35,7 +30,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PIECES = r"[A-Za-z']+|[0-9]+|; | = | > |\n| \+| -| \?|[^\sA-Za-z0-9:,]"
+CALLS = r'\{"name": "|", "arguments": \{"?|": "|", "|"?\}\}'  # the joints of a tool call in JSON
+PIECES = CALLS + r"|[A-Za-z']+|[0-9]+|; | = | > |\n| \+| -| \?|[^\sA-Za-z0-9:,]"
 ENTITY = r"[a-z]+ [0-9]+(?![0-9])"
 
 # %% ../../nbs/core/03_language_model.ipynb #b244879c
@@ -80,33 +76,6 @@ def train_tokenizer(
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
-# %% ../../nbs/core/03_language_model.ipynb #ff4affbc
-class SmallLMConfig(PreTrainedConfig):
-    """Shape of a `SmallLM`."""
-
-    model_type = "dreamgym_small"
-
-    def __init__(
-        self,
-        vocab_size: int = 256,
-        hidden_size: int = 64,  # d
-        num_hidden_layers: int = 3,
-        num_attention_heads: int = 2,
-        intermediate_size: int = 256,
-        conv_kernel: int = 3,  # tokens that a short convolution sees; 1 switches it off
-        parts: list | None = None,  # (V, 2) part ids; None: every token is its own part
-        rope_theta: float = 10_000.0,
-        initializer_range: float = 0.1,  # larger than usual: tied heads of narrow models start too flat otherwise
-        **kwargs: Any,
-    ):
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
-        self.conv_kernel, self.parts = conv_kernel, parts
-        self.rope_theta, self.initializer_range = rope_theta, initializer_range
-        self.vocab_size = vocab_size
-        kwargs.setdefault("tie_word_embeddings", False)  # the head is computed from the parts, not a tied weight
-        super().__init__(**kwargs)
-
 # %% ../../nbs/core/03_language_model.ipynb #f8ed8378
 def token_parts(
     tokenizer: PreTrainedTokenizerFast,
@@ -119,306 +88,6 @@ def token_parts(
         if len(pieces) == 2 and all(piece in vocab for piece in pieces):
             parts[i] = [vocab[piece] for piece in pieces]
     return parts
-
-# %% ../../nbs/core/03_language_model.ipynb #e2ffa5a7
-class ShortConv(nn.Module):
-    """Depthwise causal convolution with a residual path."""
-
-    def __init__(
-        self,
-        width: int,  # d
-        kernel: int,  # K
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(kernel, width))
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, d), zeros on padding
-        past: Tensor | None = None,  # (B, K-1, d) inputs before x; None: zeros
-        holes: Tensor | None = None,  # (B,) number of columns with padding, on the left; None: no padding
-    ) -> tuple[Tensor, Tensor]:  # output (B, T, d), the new past (B, K-1, d)
-        """Adds the convolution of x to x."""
-        kernel = self.weight.shape[0]
-        if past is None:
-            padded = F.pad(x, (0, 0, kernel - 1, 0))
-        elif holes is None:
-            padded = torch.cat([past, x], 1)
-        else:
-            at = holes[:, None] + torch.arange(kernel - 1, device=x.device)
-            padded = F.pad(x, (0, 0, kernel - 1, 0)).scatter(1, at[..., None].expand_as(past), past)
-        y = x
-        for j in range(kernel):
-            y = y + self.weight[j] * padded[:, kernel - 1 - j : padded.shape[1] - j]
-        return y, padded[:, padded.shape[1] - (kernel - 1) :]
-
-# %% ../../nbs/core/03_language_model.ipynb #65d9f28f
-class BufferedLayer(DynamicLayer):
-    """Keys and values of one layer, (B, H, T, d/H) each, written in place into buffers with room to grow."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.past: dict[int, Tensor] = {}  # site -> (B, K-1, d) last inputs of a short convolution
-        self.buffers: tuple[Tensor, ...] = ()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of T tokens and returns all so far."""
-        seen = self.get_seq_length()
-        end, new = seen + key_states.shape[2], (key_states, value_states)
-        if not self.buffers or end > self.buffers[0].shape[2]:
-            room = end + max(32, end // 2)
-            buffers = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in new)
-            held: list[Any] = [self.keys, self.values] if seen else []
-            for buffer, old in zip(buffers, held):
-                buffer[:, :, :seen] = old
-            keys, values = (buffer[:, :, :seen] for buffer in buffers)
-            self.put(keys, values, self.past, buffers)
-        for buffer, states in zip(self.buffers, new, strict=True):
-            buffer[:, :, seen:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def put(self, keys: Tensor, values: Tensor, past: dict[int, Tensor], buffers: tuple[Tensor, ...] = ()) -> None:
-        """Replaces the content; without `buffers` the next update makes new ones."""
-        self.keys, self.values, self.past, self.buffers = keys, values, past, buffers
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-# %% ../../nbs/core/03_language_model.ipynb #a0b1bb54
-class BufferedCache(Cache):
-    """What a batch of conversations has read so far: one `BufferedLayer` for each layer of a model."""
-
-    layers: list[Any]
-
-    def __init__(
-        self,
-        layers: int,  # of the model
-    ):
-        super().__init__(layers=[BufferedLayer() for _ in range(layers)])
-
-    def select(
-        self,
-        rows: Tensor,  # indices of rows
-    ) -> None:
-        """Keeps the given rows of the batch."""
-        for layer in self.layers:
-            layer.put(layer.keys[rows], layer.values[rows], {site: past[rows] for site, past in layer.past.items()})
-
-    def pack(
-        self,
-        columns: Tensor,  # (B, W) indices of columns, in their order
-    ) -> None:
-        """Keeps the given columns of each row."""
-        for layer in self.layers:
-            held = (layer.keys, layer.values)
-            at = [columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]) for x in held]
-            layer.put(layer.keys.gather(2, at[0]), layer.values.gather(2, at[1]), layer.past)
-
-    def join(
-        self,
-        other: BufferedCache,  # of the same model
-    ) -> None:
-        """Appends the rows of another cache; the shorter one gets empty columns on the left."""
-        width = max(cache.get_seq_length() for cache in (self, other))
-        for mine, its in zip(self.layers, other.layers, strict=True):
-            sides = [F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (mine.keys, its.keys, mine.values, its.values)]
-            past = {site: torch.cat([mine.past[site], its.past[site]]) for site in mine.past}
-            mine.put(torch.cat(sides[:2]), torch.cat(sides[2:]), past)
-
-# %% ../../nbs/core/03_language_model.ipynb #2079447e
-def rotary_angles(
-    position_ids: Tensor,  # (B or 1, T)
-    config: SmallLMConfig,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # cos, sin: (B or 1, 1, T, d/H/2)
-    """Cosine and sine of the rotation at each position, computed in float32."""
-    half = config.hidden_size // config.num_attention_heads // 2
-    steps = torch.arange(half, device=position_ids.device, dtype=torch.float32)
-    angle = position_ids[:, None, :, None].float() * config.rope_theta ** (-steps / half)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-# %% ../../nbs/core/03_language_model.ipynb #b0b567ee
-def rotate(
-    x: Tensor,  # (B, H, T, d/H)
-    cos: Tensor,  # (B, 1, T, d/H/2)
-    sin: Tensor,  # (B, 1, T, d/H/2)
-) -> Tensor:  # (B, H, T, d/H)
-    """Rotary position embedding [arXiv:2104.09864], halves convention."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-# %% ../../nbs/core/03_language_model.ipynb #ebf88ff4
-class ClosingLinear(nn.Linear):
-    """Last projection of a residual branch; starts at zero."""
-
-# %% ../../nbs/core/03_language_model.ipynb #8e4868e4
-class SmallLayer(nn.Module):
-    """Attention and MLP, each after a norm and a short convolution."""
-
-    def __init__(self, config: SmallLMConfig, index: int):
-        super().__init__()
-        d, self.heads, self.index = config.hidden_size, config.num_attention_heads, index
-        self.norms = nn.ModuleList([nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)])
-        self.convs = nn.ModuleList([ShortConv(d, config.conv_kernel), ShortConv(d, config.conv_kernel)])
-        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), ClosingLinear(d, d, bias=False)
-        self.up = nn.Linear(d, config.intermediate_size, bias=False)
-        self.down = ClosingLinear(config.intermediate_size, d, bias=False)
-
-    def forward(self, x, rotation, mask, keep, cache: BufferedCache | None) -> Tensor:  # arguments as below
-        """(B, T, d) → (B, T, d)."""
-        x = x + self._attend(self._mix(0, x, keep, cache), rotation, mask, cache)
-        return x + self.down(F.relu(self.up(self._mix(1, x, keep, cache))).square())
-
-    def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: BufferedCache | None) -> Tensor:
-        x = self.norms[site](x)
-        holes = None
-        if keep is not None:  # padding never leaks into the convolution
-            x, holes = x * keep, (keep == 0).sum((1, 2))
-        carried = cache.layers[self.index].past if cache is not None else {}
-        y, carried[site] = self.convs[site](x, carried.get(site), holes)
-        return y
-
-    def _attend(self, x: Tensor, rotation, mask: Tensor | None, cache: BufferedCache | None) -> Tensor:
-        B, T, d = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.update(k, v, self.index)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
-
-# %% ../../nbs/core/03_language_model.ipynb #ac37e6d0
-def attention_bias(
-    attention_mask: Tensor | None,  # (B, seen + T), True on real tokens
-    T: int,  # new tokens
-    seen: int,  # tokens in the cache
-) -> tuple[
-    Tensor | None, Tensor | None
-]:  # (B, 1, T, seen + T) bool, (B, T, 1) 0/1 of new real tokens; None: all may be looked at, all are real
-    """Causal mask joined with padding. All-real batches need none."""
-    whole = attention_mask is None or bool(attention_mask.all())
-    if whole and (seen == 0 or T == 1):
-        return None, None
-    real = torch.ones(1, seen + T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    mask = real[:, None, None, :].expand(-1, 1, T, -1)
-    if T > 1:
-        causal = torch.ones(T, seen + T, dtype=torch.bool, device=real.device).tril(seen)
-        itself = F.pad(torch.eye(T, dtype=torch.bool, device=real.device), (seen, 0))
-        mask = mask & causal | itself  # padding looks at itself: a softmax over nothing is not a number
-    new = real[:, seen:, None]
-    return mask, None if bool(new.all()) else new.float()
-
-# %% ../../nbs/core/03_language_model.ipynb #1e19cfa2
-def positions(
-    attention_mask: Tensor | None,  # (B, seen + T), True on real tokens
-    T: int,  # new tokens
-    seen: int,  # tokens in the cache
-    device: torch.device,
-) -> Tensor:  # (B or 1, T) position ids
-    """Positions count real tokens only, so that left padding changes nothing."""
-    if attention_mask is None:
-        return torch.arange(seen, seen + T, device=device)[None]
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
-
-# %% ../../nbs/core/03_language_model.ipynb #e05296bc
-class SmallPreTrained(PreTrainedModel):
-    """What every part of a `SmallLM` shares: its config and how its weights start."""
-
-    config: SmallLMConfig
-    config_class = SmallLMConfig
-    base_model_prefix = "model"
-    _supports_sdpa = True
-    _input_embed_layer = "embed"
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ClosingLinear):
-            nn.init.zeros_(module.weight)  # each layer starts as the identity
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, ShortConv):
-            nn.init.normal_(module.weight, std=0.1)
-
-# %% ../../nbs/core/03_language_model.ipynb #f8ee0835
-def part_sums(
-    weight: Tensor,  # (parts, d)
-    parts: Tensor,  # (V, 2) part ids, -1 for none
-) -> Tensor:  # (V, d)
-    """Embedding of every token, the sum over its parts."""
-    first, second = parts[:, 0], parts[:, 1]
-    return weight[first] + weight[second.clamp(min=0)] * (second >= 0).unsqueeze(1)
-
-# %% ../../nbs/core/03_language_model.ipynb #82c2a23b
-class SmallTrunk(SmallPreTrained):
-    """Everything below the head."""
-
-    parts: Tensor  # (V, 2)
-
-    def __init__(self, config: SmallLMConfig):
-        super().__init__(config)
-        parts = torch.tensor(config.parts or [[i, -1] for i in range(config.vocab_size)])
-        self.register_buffer("parts", parts, persistent=True)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([SmallLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.post_init()
-
-    def token_embeddings(self) -> Tensor:  # (V, d)
-        """Embedding of every token, the sum over its parts; also the rows of the head."""
-        return part_sums(self.embed.weight, self.parts)
-
-    def hidden_states(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T so far), True on real tokens; needed for left padding only
-        position_ids: Tensor | None = None,  # (B, T); None: from the mask
-        cache: BufferedCache | None = None,
-    ) -> tuple[Tensor, Tensor]:  # last hidden states (B, T, d), token embeddings (V, d)
-        """Everything but the head."""
-        table, T = self.token_embeddings(), input_ids.shape[1]
-        seen = 0 if cache is None else cache.get_seq_length()
-        mask, keep = attention_bias(attention_mask, T, seen)
-        if position_ids is None:
-            position_ids = positions(attention_mask, T, seen, input_ids.device)
-        rotation = rotary_angles(position_ids, self.config, table.dtype)
-        x = F.embedding(input_ids, table)
-        for layer in self.layers:
-            x = layer(x, rotation, mask, keep, cache)
-        return self.norm(x), table
-
-# %% ../../nbs/core/03_language_model.ipynb #1b662e41
-class SmallLMForCausalLM(SmallTrunk, GenerationMixin):
-    """A small causal language model for text worlds: short convolutions, tied head, entities seen as type + number."""
-
-    def forward(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T so far)
-        position_ids: Tensor | None = None,  # (B, T)
-        past_key_values: Any = None,  # a `BufferedCache`; other caches are ignored
-        labels: Tensor | None = None,  # (B, T), -100 where no loss is taken
-        logits_to_keep: int | Tensor = 0,  # 0: all
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or of the last `logits_to_keep` positions only; labels give the usual shifted loss."""
-        cache: Any = past_key_values if isinstance(past_key_values, BufferedCache) else None
-        hidden, table = self.hidden_states(input_ids, attention_mask, position_ids, cache)
-        kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
-        logits: Any = kept @ table.T
-        loss: Any = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-
-    def prepare_inputs_for_generation(
-        self, input_ids, *args: Any, attention_mask=None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """`generate` recomputes the whole sequence; `TransformersGenerator` is the fast path."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-# %% ../../nbs/core/03_language_model.ipynb #25b9eff2
-AutoConfig.register(SmallLMConfig.model_type, SmallLMConfig, exist_ok=True)
-AutoModelForCausalLM.register(SmallLMConfig, SmallLMForCausalLM, exist_ok=True)
 
 # %% ../../nbs/core/03_language_model.ipynb #c1abb48d
 def architecture_config(

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..core.data_structures import Experience, Task, Trajectory
 from ..core.errors import ConfigError, DataError
 from ..core.generators import TransformersGenerator
-from ..core.language_model import LanguageModel, SmallLMForCausalLM, SmallPreTrained
+from ..core.language_model import LanguageModel
+from ..core.small_lm import SmallLMForCausalLM, SmallPreTrained
 from ..environments.base_env import BatchEnv
 from .policy import Policy, TurnCodec
 from .rollout import RolloutConfig, rollout

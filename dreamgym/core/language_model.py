@@ -65,7 +65,7 @@ def train_tokenizer(
     pattern = f"{ENTITY}|{PIECES}" if entities == "merged" else PIECES
     split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     words = {piece for text in {*texts, *extra} for piece, _ in split.pre_tokenize_str(text)}
-    words |= {part for word in words if " " in word.strip() for part in word.split()}
+    words |= {part for word in words if word[0].isalpha() and " " in word for part in word.split()}
     words |= numbered_entities(words)
     vocab = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *ROLES, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))

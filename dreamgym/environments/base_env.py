@@ -60,8 +60,9 @@ class Environment:
 # %% ../../nbs/environments/10_base_env.ipynb #efa3cb82
 BUILDERS = {
     "alfworld": "dreamgym.environments.alfworld:build",
+    "taubench": "dreamgym.environments.taubench:build",
 }
-PLANNED = ("webarena", "taubench", "webshop")  # named in configs/, not built yet
+PLANNED = ("webarena", "webshop")  # named in configs/, not built yet
 
 # %% ../../nbs/environments/10_base_env.ipynb #ec79526b
 def make_environment(

@@ -72,15 +72,15 @@ def ended(status: int) -> bool:
     raise RuntimeError(f"the training process failed by itself (status {status})")
 
 
-def outcome(folder: Path) -> dict[str, str]:
+def outcome(folder: Path, arm: str = "dream") -> dict[str, str]:
     """What a run is: its metrics but for times, its episodes, and the weights and optimiser of its last checkpoint."""
-    arm = folder / "dream"
-    rows = [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
+    home = folder / arm
+    rows = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-    last = max((arm / "checkpoints").glob("policy_iter_*.json"))
+    last = max((home / "checkpoints").glob("policy_iter_*.json"))
     facts = json.loads(last.read_text())
     found = {"metrics": json.dumps(rows, sort_keys=True), "best": json.dumps(facts["best"])}
-    found["episodes"] = hashlib.sha256((arm / "episodes.jsonl").read_bytes()).hexdigest()
+    found["episodes"] = hashlib.sha256((home / "episodes.jsonl").read_bytes()).hexdigest()
     names = ("model.safetensors", "value_head.safetensors", "optimizer.safetensors")
     return found | {name: facts["files"][name] for name in names}
 

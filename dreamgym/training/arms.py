@@ -45,10 +45,10 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'GROUPED', 'OFFLINE', 'Prepared', 'ArmLoop', 'group_size', 'affordable', 'finished', 'make_curriculum',
-           'task_writer', 'dreams_of_success', 'check_algorithm', 'make_optimizer', 'start_arm_loop', 'begin',
-           'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'play_iteration', 'sample_tasks', 'collect',
-           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream',
-           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
+           'task_writer', 'dreams_of_success', 'check_algorithm', 'check_curriculum', 'make_optimizer',
+           'start_arm_loop', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'play_iteration',
+           'sample_tasks', 'collect', 'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks',
+           'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
@@ -179,6 +179,19 @@ def check_algorithm(
         raise ConfigError(f"rl.group_std: false is Dr. GRPO, for rl.algorithm: grpo only, not {rl.algorithm}")
     if rl.algorithm == "dpo" and config.policy_model.context != "state":
         raise ConfigError("rl.algorithm: dpo compares two actions in one state; set policy_model.context to 'state'")
+
+
+def check_curriculum(
+    config: Config,
+    env: Environment,
+) -> None:
+    """Raises ConfigError where nobody can write the tasks that are asked for."""
+    share = config.curriculum.synthetic_fraction_max * bool(config.curriculum.difficulty_increment)
+    if share and env.vary is None and config.reasoning_model.name == "scratch":
+        raise ConfigError(
+            f"curriculum.synthetic_fraction_max {share:g}: {env.name!r} has no generator of tasks and an experience "
+            "model from scratch writes none; set it to 0, or reasoning_model.name to a language model"
+        )
 
 # %% ../../nbs/training/36a_arms.ipynb #4e5c1731
 def make_optimizer(

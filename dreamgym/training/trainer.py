@@ -254,6 +254,7 @@ class DreamGymTrainer:
         self.main = is_main(self.accelerator)
         self.say = progress if self.main else lambda line: None
         self.env = make_environment(config.environment.name, config.environment)
+        arms.check_curriculum(config, self.env)
         with main_first(self.accelerator):
             claim_folder(self.folder, config, self.env)
 
@@ -341,11 +342,7 @@ def refuse_unbuilt(
     config: Config,
 ) -> None:
     """Raises ConfigError for settings of parts that are not built yet."""
-    curriculum = config.curriculum
     asked = {
-        "curriculum.difficulty_increment": curriculum.difficulty_increment,
-        "curriculum.synthetic_fraction_max": curriculum.synthetic_fraction_max,
-        "curriculum.seed_tasks": curriculum.seed_tasks,
         "reasoning_model.annotation: llm": config.reasoning_model.annotation == "llm",
         "reasoning_model.provider (a served experience model in a run)": config.reasoning_model.provider != "local",
     }

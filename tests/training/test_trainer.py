@@ -229,4 +229,4 @@ def test_offline_agents(algorithm, whole, tmp_path):
 
 def test_what_is_not_built_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not built yet"):
-        trainer(tmp_path, curriculum__synthetic_fraction_max=0.5)
+        trainer(tmp_path, reasoning_model__annotation="llm")

@@ -1,0 +1,176 @@
+"""The curriculum inside a run: shares, switches, what is never played for real, and exact continuation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_trainer import config, metrics, trainer, weights, whole  # noqa: F401, a fixture
+
+from dreamgym.core.data_structures import Task
+from dreamgym.core.errors import ConfigError
+from dreamgym.environments.base_env import make_environment
+from dreamgym.training import arms
+from dreamgym.training.arms import check_curriculum, dreams_of_success, play_iteration, run_iteration, start_arm_loop
+from dreamgym.utils.tracking import RunDir
+
+ON = {"curriculum__difficulty_increment": 0.5, "curriculum__synthetic_fraction_max": 0.5}
+
+
+@pytest.fixture(scope="module")
+def grown(whole, tmp_path_factory):  # noqa: F811
+    """An uninterrupted dream arm with a curriculum, on the prepared data of `whole`."""
+    folder = tmp_path_factory.mktemp("grown")
+    shutil.copytree(whole / "prepared", folder / "prepared")
+    t = trainer(folder, **ON)
+    t.fit(t.prepare(), "dream")
+    return folder
+
+
+def loop_of(folder, prepared, arm="dream", **more):
+    """A loop that is about to begin, without its first validation."""
+    shutil.copytree(prepared, folder / "prepared", dirs_exist_ok=True)
+    t = trainer(folder, **more)
+    return start_arm_loop(t.config, t.prepare(), arm, "cpu", RunDir(folder / arm))
+
+
+def state_of(folder, iteration):
+    return json.loads((folder / "checkpoints" / f"iter_{iteration:04d}" / "curriculum.json").read_text())
+
+
+def test_the_metrics_tell_of_the_curriculum(grown):
+    first, *rows = metrics(grown / "dream")
+    assert not any(key.startswith("curriculum/") for key in first)
+    for number, row in enumerate(rows, 1):
+        assert row["curriculum/strength"] == 0.5 * number and row["curriculum/seed_tasks"] == 6
+        assert 0 <= row["curriculum/reward_variance"] <= 0.25 and 0 <= row["curriculum/pull"] <= 1
+        assert row["curriculum/accepted"] == row["curriculum/generated_tasks"] == 3 * number
+        assert row["rollout/real_transitions"] == 0 and row["dream/gap_n"] == 3  # the three seed tasks
+
+
+def test_generated_tasks_dream_in_the_world_of_their_seed_task(grown):
+    state = state_of(grown / "dream", 2)
+    seeds = {task["id"]: task for task in state["seeds"]}
+    for task in state["generated"]:
+        base = task["metadata"]["seed_task"]
+        world = seeds[base] if base in seeds else next(t for t in state["generated"] if t["id"] == base)
+        assert task["world_id"] == world["world_id"] and task["source"] == "generated" and task["task_type"]
+        assert task["initial_state"].split("\n")[1:] == world["initial_state"].split("\n")[1:]
+        assert task["instruction"] in task["initial_state"] and task["instruction"] != world["instruction"]
+    played = [json.loads(line)["task_id"] for line in (grown / "dream" / "episodes.jsonl").read_text().splitlines()]
+    assert {task["id"] for task in state["generated"]} & set(played)
+
+
+@pytest.mark.parametrize("stop", ["killed", "stopped while it plays", "stopped before anything is saved"])
+def test_continued_with_a_curriculum_is_the_same_run(stop, grown, whole, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    every = 9 if "before" in stop else 1
+    t = trainer(tmp_path, **ON, training__save_every=every)
+    if stop == "killed":
+        with RunDir(tmp_path / "dream") as run:
+            loop = start_arm_loop(t.config, t.prepare(), "dream", "cpu", run)
+            run_iteration(loop)
+            play_iteration(loop)  # the next iteration has begun, and is lost
+    else:
+        inner, calls = arms.collect, iter(range(9))
+
+        def collect(*args):
+            if next(calls) == 2:  # the second iteration's dreams: its tasks are drawn already
+                raise KeyboardInterrupt
+            return inner(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(arms, "collect", collect)
+            t.fit(t.prepare(), "dream")
+    again = trainer(tmp_path, **ON, training__save_every=every)
+    again.fit(again.prepare(), "dream")
+    assert metrics(tmp_path / "dream") == metrics(grown / "dream")
+    assert state_of(tmp_path / "dream", 2) == state_of(grown / "dream", 2)
+    a, b = weights(tmp_path / "dream"), weights(grown / "dream")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_s2r_goes_on_with_the_curriculum_and_plays_seed_tasks_only(grown, tmp_path):
+    shutil.copytree(grown, tmp_path / "run")
+    t = trainer(tmp_path / "run", **ON)
+    with RunDir(tmp_path / "run" / "s2r") as run:
+        loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)
+        assert loop.curriculum.state_dict() == state_of(grown / "dream", 2)
+        row = run_iteration(loop)
+    assert row["curriculum/strength"] == 1.5 and row["curriculum/generated_tasks"] == 6 == row["curriculum/accepted"]
+    assert row["rollout/source"] == "real" and row["rollout/real_transitions"] == row["rollout/transitions"] > 0
+    episodes = [json.loads(line) for line in (tmp_path / "run" / "s2r" / "episodes.jsonl").read_text().splitlines()]
+    assert episodes and all("generated" not in episode["task_id"] for episode in episodes)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_real_episodes_are_of_seed_tasks_whatever_the_share(share, whole, tmp_path):  # noqa: F811
+    more = ON | {"curriculum__synthetic_fraction_max": 1.0, "buffer__synthetic_ratio": share}
+    loop = loop_of(tmp_path, whole / "prepared", **more)
+    for _ in range(3):
+        dreamt, real = arms.sample_tasks(loop)
+        assert len(dreamt) == round(6 * share) and len(dreamt) + len(real) == 6
+        assert all(task.source == "real" for task in real) and all(task.source == "generated" for task in dreamt)
+
+
+def test_a_real_arm_generates_nothing(whole, tmp_path):  # noqa: F811
+    loop = loop_of(tmp_path, whole / "prepared", "real", **ON)
+    dreamt, real = arms.sample_tasks(loop)
+    assert not dreamt and len(real) == 6 and not loop.curriculum.known.generated
+
+
+@pytest.mark.parametrize("off", ["difficulty_increment", "synthetic_fraction_max"])
+def test_switches(off, whole, tmp_path):  # noqa: F811
+    loop = loop_of(tmp_path, whole / "prepared", **ON | {f"curriculum__{off}": 0.0})
+    for _ in range(4):
+        dreamt, _ = arms.sample_tasks(loop)
+        assert all(task.source == "real" for task in dreamt) and not loop.curriculum.known.generated
+        assert len({task.id for task in dreamt}) == 6  # all there are
+
+
+def test_the_first_seed_tasks_only(whole, tmp_path):  # noqa: F811
+    loop = loop_of(tmp_path, whole / "prepared", curriculum__seed_tasks=2)
+    dreamt, _ = arms.sample_tasks(loop)
+    assert {task.id for task in dreamt} == {task.id for task in loop.ready.tasks[:2]} and len(dreamt) == 6
+
+
+def test_groups_share_a_task_and_have_variances_of_their_own(whole, tmp_path):  # noqa: F811
+    loop = loop_of(tmp_path, whole / "prepared", rl__algorithm="grpo", rl__group_size=3, **ON)
+    dreamt, _ = arms.sample_tasks(loop)
+    assert [task.source for task in dreamt] == ["generated"] * 3 + ["real"] * 3
+    assert dreamt[0] == dreamt[2] and dreamt[3] == dreamt[5] and not loop.curriculum.known.by_cluster
+
+
+def test_without_a_checker_a_task_must_succeed_in_a_dream(monkeypatch):
+    asked = []
+
+    def collect(loop, where, tasks):
+        asked.extend(tasks)
+        return [SimpleNamespace(success=task.id == "b" and i % 3 == 2) for i, task in enumerate(tasks)]
+
+    monkeypatch.setattr(arms, "collect", collect)
+    loop = SimpleNamespace(config=config(curriculum__trials=3))
+    tasks = [Task("a", "x"), Task("b", "y"), Task("c", "z")]
+    assert dreams_of_success(loop, tasks) == [False, True, False]
+    assert [task.id for task in asked] == list("aaabbbccc") and dreams_of_success(loop, []) == []
+
+
+def test_somebody_must_write_the_tasks():
+    asked = config(**ON)
+    able = make_environment("alfworld", asked.environment)
+    unable = SimpleNamespace(name="toy", vary=None)
+    check_curriculum(asked, able)
+    check_curriculum(config(**ON | {"curriculum__synthetic_fraction_max": 0.0}), unable)
+    check_curriculum(config(**ON, reasoning_model__name="some/model"), unable)
+    with pytest.raises(ConfigError, match="'toy' has no generator of tasks"):
+        check_curriculum(asked, unable)
+
+
+def test_the_trainers_notebook_explains_every_metric(grown, root):
+    cells = json.loads((root / "nbs" / "training" / "37_trainer.ipynb").read_text(encoding="utf-8"))["cells"]
+    told = next(t for t in ("".join(cell["source"]) for cell in cells) if t.startswith("## What each metric means"))
+    missing = {key for row in metrics(grown / "dream") for key in row if f"`{key}`" not in told} - {"iteration"}
+    assert not missing, sorted(missing)

@@ -56,6 +56,7 @@ class Environment:
     verify: Callable[..., Any] | None = None
     determined: Callable[[Experience], bool] | None = None  # whether what is known fixes the next state word for word
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
+    max_slots: int = 128  # most episodes at a time; few where each needs a browser
 
 # %% ../../nbs/environments/10_base_env.ipynb #efa3cb82
 BUILDERS = {

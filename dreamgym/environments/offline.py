@@ -49,6 +49,7 @@ def record(
         raise EnvironmentFailure(
             f"environment {env.name!r} has no expert; record 'random' behaviour or bring demonstrations"
         )
+    slots = min(slots, env.max_slots)
     batch, recorder = env.make(slots), _Recorder(env, behaviour, seed)
     waiting, episodes = list(tasks)[::-1], list[list[Experience]]()
     running: dict[int, Any] = {}

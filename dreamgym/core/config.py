@@ -288,6 +288,13 @@ class EnvironmentConfig(Section):
     max_episode_steps: int | None = Field(None, gt=0, description="turns; null: 30 if small, else 50 [paper]")
     mapper: bool = Field(True, description="abstract states; false: the raw observation [paper]")
     offline_data: str | None = Field("auto", description="'auto' records it, a path reads it, null: none [ours]")
+    live_episodes: int | None = Field(
+        None,
+        ge=0,
+        description="the clone's own episodes that join the offline data; null: one per task (episodes) [ours]",
+    )
+    browser: str | None = Field(None, description="Chromium for web tasks, path or name; null: look for one [ours]")
+    browsers: int = Field(2, gt=0, description="browsers that run at a time (processes) [ours]")
     num_train_worlds: int = Field(600, gt=0, description="training worlds in the offline data (worlds) [ours]")
     eval_split: str = Field("unseen", description="split of the closing table [ours]")
 

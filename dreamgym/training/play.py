@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.config import PolicyModelConfig
-from ..core.data_structures import Task, Trajectory
+from ..core.data_structures import StepResult, Task, Trajectory
 from ..core.generators import TransformersGenerator
 from ..environments.base_env import Environment
 from ..utils.statistics import wilson_interval
@@ -72,7 +72,7 @@ def evaluate_policy(
     section: PolicyModelConfig = PolicyModelConfig(),  # limits of response and context
 ) -> Evaluation:
     """Plays every task once in the real environment."""
-    slots = max(1, min(128, len(tasks)))
+    slots = max(1, min(env.max_slots, len(tasks)))
     batch = env.make(slots)
     settings = play_settings(section, slots, temperature=temperature, progress=progress)
     generator = TransformersGenerator(policy.language_model)
@@ -86,8 +86,11 @@ def dreamable(
     tasks: Sequence[Task],
 ) -> list[Task]:  # with initial states; games that cannot be played are left out
     """Gives tasks their real first states; each costs one real reset and no transition."""
-    batch = env.make(len(tasks))
-    results = batch.reset(range(len(tasks)), tasks)
+    slots = max(1, min(env.max_slots, len(tasks)))
+    batch, results = env.make(slots), list[StepResult]()
+    for start in range(0, len(tasks), slots):
+        part = tasks[start : start + slots]
+        results += batch.reset(range(len(part)), part)
     batch.close()
     found = zip(tasks, results, strict=True)
     return [replace(task, initial_state=result.state) for task, result in found if result.aborted is None]

@@ -191,8 +191,9 @@ def cloned_rollouts(
     tasks: Sequence[Task],
     config: Config,
 ) -> list[Experience]:
-    """Real episodes of the cloned policy, sampled at temperature 1."""
-    slots = min(128, len(tasks))
+    """Real episodes of the cloned policy, sampled at temperature 1, as many as the config allows."""
+    tasks = tasks[: config.environment.live_episodes]
+    slots = max(1, min(env.max_slots, len(tasks)))
     section = config.policy_model
     settings = RolloutConfig(slots, section.max_new_tokens, context_length=section.context_length)
     generator = TransformersGenerator(policy.language_model)

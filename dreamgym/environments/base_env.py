@@ -62,8 +62,9 @@ class Environment:
 BUILDERS = {
     "alfworld": "dreamgym.environments.alfworld:build",
     "taubench": "dreamgym.environments.taubench:build",
+    "webshop": "dreamgym.environments.webshop:build",
 }
-PLANNED = ("webarena", "webshop")  # named in configs/, not built yet
+PLANNED = ("webarena",)  # named in configs/, not built yet
 
 # %% ../../nbs/environments/10_base_env.ipynb #ec79526b
 def make_environment(
@@ -228,7 +229,7 @@ class GymnasiumBatchEnv:
         self._envs, self._mapper, self._states = [make() for _ in range(slots)], mapper, [""] * slots
 
     def reset(self, slots, tasks, seeds=None) -> list[StepResult]:
-        """Fresh episodes; the environment gets the task's id and metadata as options."""
+        """Fresh episodes; the environment gets the task's id, instruction and metadata as options."""
         chosen = seeds or [task.seed for task in tasks]
         return [self._reset(*item) for item in zip(slots, tasks, chosen, strict=True)]
 
@@ -243,7 +244,8 @@ class GymnasiumBatchEnv:
 
     def _reset(self, slot: int, task: Task, seed: int) -> StepResult:
         try:
-            observation, info = self._envs[slot].reset(seed=seed, options={"task_id": task.id, **task.metadata})
+            options = {"task_id": task.id, "instruction": task.instruction, **task.metadata}
+            observation, info = self._envs[slot].reset(seed=seed, options=options)
         except Exception as error:
             return StepResult("", aborted=f"reset failed: {error!r}")
         self._states[slot] = self._mapper.start(task, observation) if self._mapper else observation

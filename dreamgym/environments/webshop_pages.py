@@ -189,30 +189,21 @@ class ShopEngine:
     ) -> tuple[str, float, bool, str | None]:  # page, reward, whether it is over, what was wrong with the action
         """Plays one turn."""
         verb, name = read_action(action)
-        problem = self._search(name) if verb == "search" else self._click(name) if verb == "click" else "no such action"
-        if self.visit.page != "bought":
+        text = clicked(name, clickables(self.shop, self.visit)) if verb == "click" else name
+        if not verb or not text:
+            problem = (
+                f"{name!r} cannot be clicked on this page" if verb == "click" else "no action, or nothing to search for"
+            )
             return page_text(self.shop, self.visit, self.goal.instruction), 0.0, False, problem
-        return (
-            f"Thank you for shopping with us! [SEP] Your score (min 0.0, max 1.0) [SEP] {self.reward}",
-            self.reward,
-            True,
-            None,
-        )
-
-    def _search(self, query: str) -> str | None:
-        if not query:
-            return "nothing to search for"
-        self.visit = Visit("results", query, self.shop.search(query, FOUND))
-        return None
-
-    def _click(self, name: str) -> str | None:
-        text = clicked(name, clickables(self.shop, self.visit))
-        if text is None:
-            return f"{name!r} cannot be clicked on this page"
-        if text == "buy now":
-            product = self.shop.product(self.visit.asin)
-            bought = product, self.goal, exact_price(product), self.visit.chosen
-            reward, self.parts = purchase_reward(*bought, self.shop.nouns)
-            self.reward = min(reward, 1.0)
-        self.visit = after_click(self.shop, self.visit, text)
-        return None
+        if verb == "search":
+            self.visit = Visit("results", text, self.shop.search(text, FOUND))
+        else:
+            self.visit = after_click(self.shop, self.visit, text)
+        if self.visit.page != "bought":
+            return page_text(self.shop, self.visit, self.goal.instruction), 0.0, False, None
+        product = self.shop.product(self.visit.asin)
+        purchase = product, self.goal, exact_price(product), self.visit.chosen
+        reward, self.parts = purchase_reward(*purchase, self.shop.nouns)
+        self.reward = min(reward, 1.0)
+        text = f"Thank you for shopping with us! [SEP] Your score (min 0.0, max 1.0) [SEP] {self.reward}"
+        return text, self.reward, True, None

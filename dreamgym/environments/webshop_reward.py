@@ -37,11 +37,12 @@ def alike(a: str, b: str) -> bool:
 Nouns = Callable[[str], list[str]]  # title -> its nouns, lower case, in order
 
 NOT_NOUNS = frozenset(
-    "a an and are as at be by for from if in into is it its no not of off on or per so than that the their these this to "
-    "up with without you your our all any both each every more most other own same such very new big small large mini "
-    "long short soft hard high low light dark easy quick fast slim thin thick wide full half extra super ultra best good "
-    "great perfect ideal suitable adjustable portable waterproof wireless durable comfortable natural organic free fresh "
-    "dry wet hot cold warm cool black white red blue green grey gray pink brown yellow purple orange beige clear".split()
+    "a an and are as at be by for from if in into is it its no not of off on or per so than that the their these this "
+    "to up with without you your our all any both each every more most other own same such very new big small large "
+    "mini long short soft hard high low light dark easy quick fast slim thin thick wide full half extra super ultra "
+    "best good great perfect ideal suitable adjustable portable waterproof wireless durable comfortable natural "
+    "organic free fresh dry wet hot cold warm cool black white red blue green grey gray pink brown yellow purple orange "
+    "beige clear".split()
 )
 
 

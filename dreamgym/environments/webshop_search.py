@@ -19,8 +19,8 @@ __all__ = ['PICTURE', 'LETTERS', 'JOINED', 'WORD', 'STOP_WORDS', 'stem', 'terms'
 
 # %% ../../nbs/environments/13a_webshop_search.ipynb #29114298
 PICTURE = (  # Unicode's pictographs; each is a word
-    "\U0001f000-\U0001faff\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2714\u2716\u271d\u2721\u2728"
-    "\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0\u27bf"
+    "\U0001f000-\U0001faff\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2714\u2716\u271d"
+    "\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0\u27bf"
 )
 LETTERS = r"[^\W\u3400-\u9fff]+"  # and digits; Chinese characters stand alone
 JOINED = r"(?:(?<=[^\W\d_])['’.:](?=[^\W\d_])|(?<=\d)['’.,;](?=\d))"

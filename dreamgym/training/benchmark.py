@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'MODES', 'METHODS', 'Row', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run', 'plan_runs',
            'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'dream_numbers', 'rows_of',
-           'over_seeds', 'over_types', 'summarise', 'difference', 'commit_of', 'Ledger', 'run_one', 'run_all',
-           'table_of']
+           'over_seeds', 'over_types', 'summarise', 'difference', 'commit_of', 'Ledger', 'run_one', 'work_off',
+           'run_all', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -313,21 +313,26 @@ def commit_of(
 
 # %% ../../nbs/training/40_benchmark.ipynb #5d776d81
 class Ledger:
-    """The benchmark's file: rows and failures, written after every change."""
+    """The file of a benchmark: rows and failures, written after every change."""
 
     def __init__(
         self,
         path: str | Path,  # JSON; its folder is made
-        setting: Setting,
-        hashes: Mapping[int, str],  # seed: hash of setting and seed
+        stamps: Iterable[str],  # hashes of setting and seed: what it is about; other rows of the file are kept
+        summary: Callable[[Sequence[Row]], Row],  # of its rows
     ):
-        self.path, self.setting, self.hashes = Path(path), setting, dict(hashes)
+        self.path, self.stamps, self.summary = Path(path), set(stamps), summary
         self.content, self._lock = read_benchmark(path), threading.Lock()
 
     @property
     def rows(self) -> list[Row]:
-        """Rows of this setting."""
-        return [row for row in self.content["rows"] if row["config_hash"] in self.hashes.values()]
+        """What was found."""
+        return [row for row in self.content["rows"] if row["config_hash"] in self.stamps]
+
+    @property
+    def failures(self) -> list[Row]:
+        """Runs that failed and were not repeated yet."""
+        return [row for row in self.content["failures"] if row["config_hash"] in self.stamps]
 
     def note(self, rows: Sequence[Row], failure: Row | None = None) -> None:
         """Takes the rows of a run, or its failure, in the place of earlier ones."""
@@ -341,21 +346,22 @@ class Ledger:
             if failure:
                 open_ = [f for f in open_ if (f["run"], f["config_hash"]) != (failure["run"], failure["config_hash"])]
             self.content |= {"rows": rows, "failures": open_ + ([failure] if failure else [])}
-            self.content["summary"] = {"setting": self.setting.name} | summarise(self.rows)
+            self.content["summary"] = self.summary(self.rows)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.content)
 
 # %% ../../nbs/training/40_benchmark.ipynb #f8b42120
 def run_one(
     run: Run,
+    setting: Setting,
     ledger: Ledger,
     out_dir: Path,  # of all runs
     start: Callable[[Sequence[str], Path], None] = execute,  # runs a command; raises RunFailed
     say: Callable[[str], None] = log.info,
 ) -> bool:  # whether it succeeded
     """One run, and what the ledger takes from it. Its errors stay here."""
-    setting, stamp = ledger.setting, ledger.hashes[run.seed]
-    folder, began = out_dir / f"{run.name}-{stamp}", time.monotonic()
+    stamp, began = setting.hash(run.seed), time.monotonic()
+    folder = out_dir / f"{run.name}-{stamp}"
     command = command_of(run, setting, folder)
     common = {"seed": run.seed, "setting": setting.name, "config_hash": stamp, "command": shlex.join(command)}
     common["commit"] = commit_of(project_root())
@@ -376,6 +382,28 @@ def run_one(
     return True
 
 # %% ../../nbs/training/40_benchmark.ipynb #6988aab3
+def work_off(
+    jobs: Sequence[tuple[Run, Setting]],
+    ledger: Ledger,
+    out_dir: str | Path,  # runs lie here, one folder each
+    workers: int = 2,  # runs at the same time
+    start: Callable[[Sequence[str], Path], None] = execute,  # runs a command; raises RunFailed
+    say: Callable[[str], None] = log.info,
+) -> None:
+    """All runs, some at a time; one process at a time may work in a folder."""
+    if workers < 1:
+        raise ConfigError(f"workers={workers}: expected at least one")
+    out = Path(out_dir).resolve()
+    with closing(lock_folder(out)), ThreadPoolExecutor(workers) as pool:
+        begun = [pool.submit(run_one, run, setting, ledger, out, start, say) for run, setting in jobs]
+        try:
+            for job in begun:
+                job.result()
+        except KeyboardInterrupt:  # the stop button ends the running processes too; no other is started
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+# %% ../../nbs/training/40_benchmark.ipynb #57a45f46
 def run_all(
     methods: Sequence[str],  # keys of METHODS
     seeds: Sequence[int],
@@ -387,19 +415,12 @@ def run_all(
     say: Callable[[str], None] = log.info,
 ) -> Ledger:
     """Runs what is missing. Failed runs are noted in the ledger and tried again by the next call."""
-    if workers < 1 or not seeds:
-        raise ConfigError(f"workers={workers}, seeds={list(seeds)}: expected at least one of each")
-    ledger = Ledger(path, setting, {seed: setting.hash(seed) for seed in seeds})
-    runs = plan_runs(missing_methods(ledger.rows, methods, ledger.hashes))
-    out = Path(out_dir).resolve()
-    with closing(lock_folder(out)), ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(run_one, run, ledger, out, start, say) for run in runs]
-        try:
-            for job in jobs:
-                job.result()
-        except KeyboardInterrupt:  # the stop button ends the running processes too; no other is started
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    if not seeds:
+        raise ConfigError("seeds: expected at least one")
+    hashes = {seed: setting.hash(seed) for seed in seeds}
+    ledger = Ledger(path, hashes.values(), lambda rows: {"setting": setting.name} | summarise(rows))
+    runs = plan_runs(missing_methods(ledger.rows, methods, hashes))
+    work_off([(run, setting) for run in runs], ledger, out_dir, workers, start, say)
     return ledger
 
 # %% ../../nbs/training/40_benchmark.ipynb #e8266397

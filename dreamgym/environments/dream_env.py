@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import ConfigError
-from ..models.reasoning_model import Query, ReasoningExperienceModel
+from ..models.reasoning_model import Query, ReasoningExperienceModel, failure_kind
 
 if TYPE_CHECKING:
     from dreamgym.environments.base_env import StateMapper
@@ -45,7 +45,7 @@ def action_error(
 ) -> str | None:
     """Why an action had no effect; None if it had one."""
     if not e.valid:
-        return f"malformed prediction: {e.error}"
+        return f"{failure_kind(e)} prediction: {e.error}"
     failed = mapper.merge(e.state, f"fail {e.action}") == e.next_state
     return "the action had no effect" if failed else None
 
@@ -56,6 +56,8 @@ def dream_result(
     mapper: StateMapper,
 ) -> StepResult:
     """A prediction as an environment's answer."""
+    if failure_kind(e) == "unanswered":
+        return StepResult(e.state, aborted=e.error)
     truncated = late and not e.terminated
     success = e.reward == 1 if e.terminated or truncated else None
     info = {"reasoning": e.reasoning, "action_error": action_error(e, mapper), "malformed": e.error}

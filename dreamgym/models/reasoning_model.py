@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.config import BufferConfig, ReasoningModelConfig
 from ..core.data_structures import Experience, Task
-from ..core.errors import DataError, PredictionError
-from ..core.llm import LLMClient, Request
+from ..core.errors import ConfigError, DataError, PredictionError
+from ..core.llm import LLMClient, Reply, Request
 from ..environments.base_env import StateMapper, TranscriptMapper
+from .instructions import instructed_prompt, instructions, read_step, step_schema
+from .votes import elect, pessimistic
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'SYSTEM', 'Query', 'reward_line', 'render_target', 'split_target', 'parse_target', 'render_demo',
-           'render_prompt', 'ExperiencePrompts', 'read_prediction', 'asks_memory', 'ReasoningExperienceModel']
+__all__ = ['log', 'NO_ANSWER', 'REFUSED', 'Query', 'reward_line', 'render_target', 'split_target', 'parse_target', 'render_demo',
+           'render_prompt', 'asks_memory', 'write_prompt', 'ExperiencePrompts', 'parse_reply', 'unusable', 'origin',
+           'failure_kind', 'read_prediction', 'check_votes', 'ExperienceVotes', 'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,29 @@ def render_prompt(
     lines += [f"seen: {render_demo(demo, mapper)}" for demo in demos]
     return "\n".join([*lines, f"action: {query.action}"])
 
+# %% ../../nbs/models/21_reasoning_model.ipynb #e56fee76
+def asks_memory(
+    mapper: StateMapper,
+    query: Query,
+) -> bool:  # True where the mapper cannot tell
+    """Whether demonstrations can add to what the state says."""
+    silent = getattr(mapper, "silent", None)
+    return silent(query.state, query.action) if silent else True
+
 # %% ../../nbs/models/21_reasoning_model.ipynb #e159f4c0
+def write_prompt(
+    query: Query,
+    demos: Sequence[Experience],
+    mapper: StateMapper,
+    config: ReasoningModelConfig,
+) -> str:
+    """One prompt, for a trained model or for one with instructions."""
+    if not config.instructed:
+        return render_prompt(query, demos, mapper, config.history)
+    past = query.history[-config.history :] if config.history else ()
+    return instructed_prompt(query.task, query.state, query.action, mapper, past, demos)
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #889b054f
 class ExperiencePrompts:
     """Writes prompts: state, action, history and retrieved demonstrations."""
 
@@ -146,19 +171,20 @@ class ExperiencePrompts:
         self.config, self.buffer, self.mapper = config, buffer, mapper or TranscriptMapper()
         self.buffer_config: BufferConfig = buffer_config or getattr(buffer, "config", None) or BufferConfig()
 
-    def demos(
-        self,
-        queries: Sequence[Query],
-    ) -> list[list[Experience]]:  # at most top_k for each query
-        """Retrieved experiences, most similar first; keyed by state and action, not by task."""
-        top_k, found = self.buffer_config.top_k, [list[Experience]() for _ in queries]
-        if self.buffer is None or not top_k or not len(self.buffer):
+    def demos(self, queries: Sequence[Query]) -> list[list[Experience]]:
+        """Retrieved experiences, at most top_k for each query; keyed by state and action, not by task."""
+        how, found = self.buffer_config, [list[Experience]() for _ in queries]
+        if self.buffer is None or not how.top_k or not len(self.buffer):
             return found
-        open_ = [i for i, query in enumerate(queries) if asks_memory(self.mapper, query)]
-        first_look = self.buffer_config.same_world and self.buffer_config.same_action
-        retrieve = self.buffer.lookup if first_look else self.buffer.retrieve
-        for i, demos in zip(open_, retrieve([queries[i] for i in open_], top_k) if open_ else [], strict=True):
-            found[i] = demos
+        everywhere = self.config.instructed
+        open_ = [i for i, query in enumerate(queries) if everywhere or asks_memory(self.mapper, query)]
+        asked = [queries[i] for i in open_]
+        if how.same_world and how.same_action and not everywhere:
+            demos = self.buffer.lookup(asked, how.top_k)
+        else:
+            demos = self.buffer.retrieve(asked, how.top_k, same_world=how.same_world)
+        for i, rows in zip(open_, demos, strict=True):
+            found[i] = rows
         return found
 
     def prompts(
@@ -167,45 +193,89 @@ class ExperiencePrompts:
         without_demos: Sequence[bool] = (),  # queries that show none; empty: all show theirs
     ) -> list[str]:
         """The prompt of each query, demonstrations included."""
-        demos = self.demos(queries)
-        demos = [[] if bare else d for d, bare in zip(demos, without_demos or [False] * len(demos), strict=True)]
-        history = self.config.history
-        return [render_prompt(q, d, self.mapper, history) for q, d in zip(queries, demos, strict=True)]
+        bare = without_demos or [False] * len(queries)
+        demos = [[] if without else found for found, without in zip(self.demos(queries), bare, strict=True)]
+        return [write_prompt(q, found, self.mapper, self.config) for q, found in zip(queries, demos, strict=True)]
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #6bce7db0
-def read_prediction(
+def parse_reply(
     query: Query,
     text: str,  # the model's reply
     mapper: StateMapper,
-    reasoning: bool = True,
-) -> Experience:  # source 'synthetic', with the query's task
-    """The experience that a reply describes."""
-    task = query.task
-    origin: dict[str, Any] = dict(source="synthetic", task_id=task.id, instruction=task.instruction)
-    origin |= dict(world_id=task.world_id, task_type=task.task_type, split=task.split)
+    config: ReasoningModelConfig,
+) -> tuple[str, str, float, bool]:  # reasoning, next state, reward, terminated
+    """Reads a reply in the form that its model was asked for. Raises PredictionError saying what is wrong with it."""
+    step = (query.state, query.action, mapper)
+    if not config.instructed:
+        return parse_target(text, *step, config.reasoning)
     try:
-        thought, after, reward, end = parse_target(text, query.state, query.action, mapper, reasoning)
+        return read_step(text, *step)
     except PredictionError as error:
-        log.debug("malformed prediction for %r: %s\n%s", query.action, error, text)
-        after = mapper.merge(query.state, f"fail {query.action}")
-        return Experience(query.state, query.action, 0.0, after, False, valid=False, error=str(error), **origin)
-    return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin)
+        try:
+            return parse_target(text, *step, config.reasoning)
+        except PredictionError:
+            raise error from None
 
-# %% ../../nbs/models/21_reasoning_model.ipynb #e56fee76
-def asks_memory(
-    mapper: StateMapper,
+# %% ../../nbs/models/21_reasoning_model.ipynb #596bbb56
+NO_ANSWER, REFUSED = "no answer: ", "against the rules: "
+
+
+def unusable(
     query: Query,
-) -> bool:  # True where the mapper cannot tell
-    """Whether demonstrations can add to what the state says."""
-    silent = getattr(mapper, "silent", None)
-    return silent(query.state, query.action) if silent else True
+    mapper: StateMapper,
+    error: str,
+) -> Experience:
+    """A prediction that does not count."""
+    after = mapper.merge(query.state, f"fail {query.action}")
+    return Experience(query.state, query.action, 0.0, after, False, valid=False, error=error, **origin(query))
 
-# %% ../../nbs/models/21_reasoning_model.ipynb #df6585d0
-SYSTEM = ""  # a trained model needs none; prompted models get theirs with the client
+
+def origin(query: Query) -> dict[str, Any]:
+    """Fields of an experience that come from its task."""
+    task = query.task
+    about: dict[str, Any] = dict(source="synthetic", task_id=task.id, instruction=task.instruction)
+    return about | dict(world_id=task.world_id, task_type=task.task_type, split=task.split)
 
 
-class ReasoningExperienceModel(ExperiencePrompts):
-    """Predicts experiences by reasoning over state, action, history and retrieved demonstrations."""
+def failure_kind(
+    e: Experience,  # a prediction
+) -> str:  # 'unanswered', 'refused', 'malformed'; '' if it counts
+    """Why a prediction does not count."""
+    if e.valid:
+        return ""
+    return {NO_ANSWER: "unanswered", REFUSED: "refused"}.get(e.error[: e.error.find(": ") + 2], "malformed")
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #8a195e9c
+def read_prediction(
+    query: Query,
+    reply: Reply,
+    mapper: StateMapper,
+    config: ReasoningModelConfig = ReasoningModelConfig(),
+) -> Experience:  # source 'synthetic', with the query's task
+    """The experience that a reply describes. Bad JSON is the model's fault; any other error means: no reply."""
+    fault = reply.error.partition(":")[0]
+    if reply.error and not reply.text and fault not in ("bad JSON", "wrong schema"):
+        return unusable(query, mapper, NO_ANSWER + reply.error)
+    try:
+        thought, after, reward, end = parse_reply(query, reply.text, mapper, config)
+    except PredictionError as error:
+        log.debug("malformed prediction for %r: %s\n%s", query.action, error, reply.text)
+        cut = "; it was cut off, raise reasoning_model.max_new_tokens" if reply.stop_reason == "length" else ""
+        return unusable(query, mapper, f"{error if reply.text else reply.error or error}{cut}")
+    return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin(query))
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #d3958491
+def check_votes(config: ReasoningModelConfig) -> None:
+    """Raises ConfigError for pessimism without anybody to disagree."""
+    if config.pessimism != "none" and config.votes < 2:
+        raise ConfigError(
+            f"reasoning_model.pessimism: {config.pessimism!r} needs votes that can disagree, got votes={config.votes}; "
+            "set reasoning_model.votes to 3 or more, or pessimism to 'none'"
+        )
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #41276791
+class ExperienceVotes(ExperiencePrompts):
+    """Asks a client for any number of predictions of each step."""
 
     def __init__(
         self,
@@ -214,25 +284,63 @@ class ReasoningExperienceModel(ExperiencePrompts):
         buffer: Any = None,  # ExperienceReplayBuffer; None: no demonstrations
         mapper: StateMapper | None = None,  # None: states are observations
         buffer_config: BufferConfig | None = None,  # None: the buffer's
+        verify: Callable[..., Sequence[str]] | None = None,  # Environment.verify; used where the config says so
     ):
         super().__init__(config, buffer, mapper, buffer_config)
-        self.client = llm_client
-        self.predictions = self.malformed = 0
+        check_votes(config)
+        self.client, self.check = llm_client, verify if config.verify else None
+        self.predictions = self.malformed = self.refused = self.unanswered = self.redrawn = 0
+
+    def votes(
+        self,
+        queries: Sequence[Query],
+        count: int,  # of each query
+        first: int = 0,  # index of the first sample
+    ) -> list[list[Experience]]:
+        """Several predictions of each step, in one batched call."""
+        config, samples, system, schema = self.config, range(first, first + count), "", None
+        if config.instructed:
+            system, schema = instructions(config.reasoning), step_schema(config.reasoning)
+        form = (system, config.max_new_tokens, config.temperature)
+        requests = [Request(prompt, *form, sample, schema) for prompt in self.prompts(queries) for sample in samples]
+        replies = iter(self.client.complete(requests) if requests else [])
+        return [[self.checked(query, next(replies)) for _ in samples] for query in queries]
+
+    def checked(self, query: Query, reply: Reply) -> Experience:
+        """A reply, read and held against the environment's rules."""
+        e = read_prediction(query, reply, self.mapper, self.config)
+        broken = self.check(e.state, e.action, e.next_state, e.reward, e.terminated) if self.check and e.valid else ()
+        return unusable(query, self.mapper, REFUSED + ", ".join(broken)) if broken else e
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #eef6484c
+class ReasoningExperienceModel(ExperienceVotes):
+    """Predicts experiences by reasoning over state, action, history and retrieved demonstrations."""
 
     def predict(
         self,
         queries: Sequence[Query],
-    ) -> list[Experience]:  # one per query; `valid` is False where the reply could not be read
-        """One batched call. A reply that cannot be read is a recorded failure, never a crash."""
-        mapper, config = self.mapper, self.config
-        requests = [Request(p, SYSTEM, config.max_new_tokens, config.temperature) for p in self.prompts(queries)]
-        replies = self.client.complete(requests) if requests else []
-        experiences = [
-            read_prediction(q, r.text, mapper, config.reasoning) for q, r in zip(queries, replies, strict=True)
-        ]
-        self.predictions += len(experiences)
-        self.malformed += sum(not e.valid for e in experiences)
-        return experiences
+    ) -> list[Experience]:  # one per query; `valid` is False where the reply does not count
+        """One batched call, a further one for each redraw. A reply that does not count is recorded, never a crash."""
+        found = self.decide(queries, 0)
+        for attempt in range(1, self.config.redraws + 1 if self.config.temperature else 1):
+            open_ = [i for i, e in enumerate(found) if not e.valid]
+            self.redrawn += len(open_)
+            for i, e in zip(open_, self.decide([queries[i] for i in open_], attempt), strict=True):
+                found[i] = e
+        kinds = [failure_kind(e) for e in found]
+        self.predictions += len(found)
+        self.malformed += kinds.count("malformed")
+        self.refused += kinds.count("refused")
+        self.unanswered += kinds.count("unanswered")
+        return found
+
+    def decide(self, queries: Sequence[Query], attempt: int) -> list[Experience]:
+        """One prediction of each step, elected if there are several."""
+        config, found = self.config, list[Experience]()
+        for votes in self.votes(queries, config.votes, attempt * config.votes):
+            answered = [e for e in votes if failure_kind(e) != "unanswered"]
+            found.append(pessimistic(elect(answered or votes, self.mapper), config.pessimism, config.agreement))
+        return found
 
     def generate_experience(
         self, state: str, action: str, task: Task | str, history: Sequence[tuple[str, str]] = ()

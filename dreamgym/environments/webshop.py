@@ -9,32 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from ..core.data_structures import Experience, Task
+from ..core.data_structures import Task
 from ..core.errors import ConfigError, DataError, unknown_name
 from .alfworld import TaskList
 from .base_env import Environment, GymnasiumBatchEnv, StateMapper, TranscriptMapper
-from dreamgym.environments.webshop_catalogue import (
-    feasible_shop_tasks,
-    generated_shop,
-    goal_of,
-    shop_tasks,
-    vary_shop_task,
-)
+from .webshop_catalogue import feasible_goals, generated_shop, goal_of, shop_tasks, vary_goal
 from .webshop_pages import ShopEngine, clickables, open_shop
 from .webshop_products import ShopFiles, ShopGoal, read_shop
 from .webshop_reward import alike, basic_color, plain_nouns, spacy_nouns
-from dreamgym.environments.webshop_rules import (
-    is_determined,
-    read_wish,
-    shop_reasoning,
-    shop_violations,
-    shopper_action,
-)
-from .webshop_state import ShopMapper, parse_shop_state, plain, request_words
+from .webshop_rules import is_determined, read_wish, shop_reasoning, shop_violations, shopper
+from .webshop_state import ShopMapper, plain, read_state, request_words
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',
-           'official_engines', 'generated_engine', 'build', 'generated_parts', 'official_parts']
+           'official_engines', 'generated_engine', 'build', 'rules_of_shops', 'generated_parts', 'official_parts']
 
 # %% ../../nbs/environments/13g_webshop.ipynb #441c6fb8
 TURNS = 15  # [paper]
@@ -120,7 +108,7 @@ def wanted_value(
     close = (v for v in values if any(alike(basic_color(v), basic_color(wish)) for wish in goal.options))
     return next((value for value in values if value in goal.options), None) or next(close, None)
 
-
+# %% ../../nbs/environments/13g_webshop.ipynb #1b7414be
 def expert(
     env: WebShopEnv,
     slot: int,
@@ -132,7 +120,7 @@ def expert(
     wish = read_wish(engine.goal.instruction)
     action = None
     if wish and env.state(slot).startswith("task: "):
-        action = shopper_action(parse_shop_state(env.state(slot)), wish, titles_tell)
+        action = shopper(read_state(env.state(slot)), wish, titles_tell)
     return action or oracle_action(engine)
 
 # %% ../../nbs/environments/13g_webshop.ipynb #bb044735
@@ -208,6 +196,7 @@ def build(
     parts = official_parts(config) if found else generated_parts(config)
     mapper: StateMapper = parts.pop("mapper") if config.mapper else TranscriptMapper()
     engine_of, tell = parts.pop("engine_of"), parts.pop("titles_tell")
+    parts |= rules_of_shops(tell) if config.mapper else {}
     rules = {
         "annotate": partial(shop_reasoning, titles_tell=tell),
         "verify": partial(shop_violations, titles_tell=tell),
@@ -222,8 +211,18 @@ def build(
         expert=partial(expert, titles_tell=tell),
         info=parts.pop("info") | {"max_turns": max_turns, "success": "reward 1"},
         **parts,
-        **(rules if config.mapper else {}),
     )
+
+# %% ../../nbs/environments/13g_webshop.ipynb #4dab8fa5
+def rules_of_shops(
+    titles_tell: bool,
+) -> dict[str, Callable[..., Any]]:
+    """What the rules of 13f offer to an environment with abstract states."""
+    return {
+        "annotate": partial(shop_reasoning, titles_tell=titles_tell),
+        "verify": partial(shop_violations, titles_tell=titles_tell),
+        "determined": lambda e: is_determined(e.state, e.action, titles_tell),
+    }
 
 
 def generated_parts(config: Any) -> dict[str, Any]:
@@ -233,8 +232,8 @@ def generated_parts(config: Any) -> dict[str, Any]:
         "mapper": ShopMapper(),
         "engine_of": generated_engine,
         "titles_tell": config.size == "small",
-        "vary": vary_shop_task,
-        "feasible": feasible_shop_tasks,
+        "vary": vary_goal,
+        "feasible": feasible_goals,
         "info": {"data": "generated", "size": config.size, "nouns": "catalogue"},
     }
 

@@ -22,7 +22,7 @@ from .webshop_products import Product, ShopGoal, synthetic_goals
 # %% auto #0
 __all__ = ['DEPARTMENTS', 'TYPES', 'SHOP_SIZES', 'DEAR', 'SHOP_BASE', 'SEEN_SHARE', 'Department', 'catalogue_nouns', 'ShopSize',
            'shop_size', 'department_of', 'make_catalogue', 'shop_asin', 'shop_goals', 'generated_shop', 'shop_task',
-           'shop_tasks', 'goal_of', 'vary_shop_task', 'feasible_shop_tasks']
+           'shop_tasks', 'goal_of', 'vary_goal', 'feasible_goals']
 
 # %% ../../nbs/environments/13d_webshop_catalogue.ipynb #2795b93f
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Department:
     attributes: tuple[str, ...]
     options: Mapping[str, tuple[str, ...]]
 
-
+# %% ../../nbs/environments/13d_webshop_catalogue.ipynb #d296ac05
 _COLORS = tuple("red blue green black white pink gray brown navy purple".split())
 _SIZES = tuple("small medium large".split())
 DEPARTMENTS = {
@@ -199,7 +199,7 @@ def shop_tasks(
 
     return TaskList(6 * shops if split == "train" else 2000, make)
 
-
+# %% ../../nbs/environments/13d_webshop_catalogue.ipynb #58648d51
 def goal_of(task: Task) -> ShopGoal:
     """The goal that a generated task's instruction means. Raises DataError if its shop has no such goal."""
     if "shop_seed" not in task.metadata:
@@ -211,7 +211,7 @@ def goal_of(task: Task) -> ShopGoal:
     return goals[task.instruction]
 
 # %% ../../nbs/environments/13d_webshop_catalogue.ipynb #bf50c89a
-def vary_shop_task(
+def vary_goal(
     task: Task,  # of a generated shop
     n: int = 4,  # most variations
     seed: int = 0,
@@ -224,7 +224,7 @@ def vary_shop_task(
     return random.Random(f"{task.id} {seed}").sample(others, min(n, len(others)))
 
 
-def feasible_shop_tasks(
+def feasible_goals(
     tasks: Sequence[Task],  # seed tasks' metadata with instructions of their own
 ) -> list[Task | None]:  # each with its task type; None: no such goal
     """A checker of generated tasks."""

@@ -41,8 +41,8 @@ NOT_NOUNS = frozenset(
     "to up with without you your our all any both each every more most other own same such very new big small large "
     "mini long short soft hard high low light dark easy quick fast slim thin thick wide full half extra super ultra "
     "best good great perfect ideal suitable adjustable portable waterproof wireless durable comfortable natural "
-    "organic free fresh dry wet hot cold warm cool black white red blue green grey gray pink brown yellow purple orange "
-    "beige clear".split()
+    "organic free fresh dry wet hot cold warm cool black white red blue green grey gray pink brown yellow purple "
+    "orange beige clear".split()
 )
 
 
@@ -95,12 +95,12 @@ def type_reward(
 # %% ../../nbs/environments/13b_webshop_reward.ipynb #b2d0bb96
 COLORS = (  # WebShop's list, in its order; 'stone' hides 'stonewash'
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo "
-    "caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal "
-    "dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory "
-    "ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom "
-    "mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire "
-    "seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white "
-    "wine yellow"
+    "caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream "
+    "crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather "
+    "indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha "
+    "multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal "
+    "rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise "
+    "violet walnut wheat white wine yellow"
 ).split()
 
 
@@ -155,7 +155,7 @@ def purchase_reward(
     chosen: Mapping[str, str],  # option -> value
     nouns: Nouns = plain_nouns,
 ) -> tuple[float, dict[str, Any]]:  # reward, and its parts in WebShop's names
-    """WebShop's reward of a purchase. Without wanted options those that the product's texts name can take it above 1."""
+    """WebShop's reward of a purchase. Options that nobody wants but the texts name can take it above 1."""
     info = type_reward(product, goal, nouns)
     n_att = matched_attributes(product, goal.attributes)
     n_opt = matched_options(product, goal.options, chosen)

@@ -12,18 +12,11 @@ from functools import lru_cache
 
 from .webshop_catalogue import TYPES
 from .webshop_pages import PER_PAGE
-from dreamgym.environments.webshop_state import (
-    ShopState,
-    advance,
-    needs_look,
-    parse_shop_state,
-    request_words,
-    understood,
-)
+from .webshop_state import ShopState, advance, needs_look, read_state, request_words, understood
 
 # %% auto #0
 __all__ = ['Wish', 'read_wish', 'Purchase', 'judge_purchase', 'price_of', 'verdict', 'shop_reasoning', 'is_determined',
-           'shop_violations', 'shopper_action', 'promising']
+           'shop_violations', 'shopper', 'promising']
 
 # %% ../../nbs/environments/13f_webshop_rules.ipynb #1ee356d6
 @dataclass(frozen=True, slots=True)
@@ -118,7 +111,7 @@ def shop_reasoning(
     titles_tell: bool = True,
 ) -> str:  # one line, such as 'page item; color blue; ok'
     """The reasoning for one real transition."""
-    before = parse_shop_state(state)
+    before = read_state(state)
     works, facts = verdict(before, action)
     wish = read_wish(before.task)
     closing = []
@@ -133,7 +126,7 @@ def is_determined(
     titles_tell: bool = True,
 ) -> bool:
     """Whether what is known gives the next state and the reward word for word."""
-    before = parse_shop_state(state)
+    before = read_state(state)
     verb, text = understood(before, action)
     if verb == "click" and text == "buy now" and before.page == "item":
         wish = read_wish(before.task)
@@ -150,9 +143,9 @@ def shop_violations(
     titles_tell: bool = True,
 ) -> list[str]:  # names of what is wrong; empty: nothing known is contradicted
     """How a predicted transition contradicts what is known or the rules of the shop."""
-    before = parse_shop_state(state)
+    before = read_state(state)
     try:
-        after = parse_shop_state(next_state)
+        after = read_state(next_state)
         if after.text() != next_state or after.task != before.task:
             return ["malformed state"]
     except ValueError:
@@ -160,7 +153,7 @@ def shop_violations(
     verb, text = understood(before, action)
     if bool(verb) != (after.last == "ok"):
         return ["rejected a possible action" if verb else "accepted an impossible action"]
-    expected = parse_shop_state(state)
+    expected = read_state(state)
     if verb:
         advance(expected, verb, text)
     expected.last = after.last
@@ -209,7 +202,7 @@ def _wrong_purchase(
     return ["false reward" if reward > worth else "missed reward"]
 
 # %% ../../nbs/environments/13f_webshop_rules.ipynb #5cec2869
-def shopper_action(
+def shopper(
     state: ShopState,
     wish: Wish,
     titles_tell: bool = True,

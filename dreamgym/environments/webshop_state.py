@@ -15,14 +15,14 @@ from .webshop_pages import PER_PAGE, SUB_PAGES, chosen_option, clicked, read_act
 from .webshop_search import STOP_WORDS
 
 # %% auto #0
-__all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'parse_shop_state', 'plain', 'short_prices', 'read_results',
-           'read_item', 'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance',
-           'needs_look', 'ShopMapper']
+__all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'plain', 'short_prices', 'read_results', 'read_item',
+           'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance', 'needs_look',
+           'ShopMapper']
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #a571bbb6
 @dataclass
 class ShopState:
-    """What a visitor knows; `text()` is the state, `parse_shop_state` reads it."""
+    """What a visitor knows; `text()` is the state, `read_state` reads it."""
 
     task: str
     page: str = "search"  # 'search', 'results', 'item', 'description', 'features', 'reviews', 'bought'
@@ -66,7 +66,7 @@ _LINE = re.compile(
     r"|(?P<sub>description|features|reviews) = (?P<text>.+)"
 )
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #75ba4d6f
 def apply_line(
     state: ShopState,  # changed in place
     line: str,
@@ -93,7 +93,7 @@ def apply_line(
     else:
         state.texts[part["sub"]] = part["text"]
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #816d2d1a
 def turn_to(
     state: ShopState,  # changed in place
     page: str,
@@ -119,7 +119,7 @@ def _read_found(text: str) -> dict[str, str]:
     return found
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #75898417
-def parse_shop_state(
+def read_state(
     text: str,
 ) -> ShopState:
     """Reads a state. Raises ValueError for a text that is none."""
@@ -146,21 +146,21 @@ def short_prices(text: str) -> str:
     """'$31.0 to $40.5' becomes '31 to 40.5', '40.00 dollars' becomes '40 dollars'."""
     return re.sub(r"(\d)\.0+\b", r"\1", text.replace("$", ""))
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #410d6e9b
 def read_results(
     parts: list[str],  # texts of a results page
 ) -> tuple[int, int, dict[str, str]]:  # page, pages, products
     """What a results page shows. Raises ValueError for another page."""
     at = next((i for i, part in enumerate(parts) if part.startswith("Page ")), None)
     match = re.fullmatch(r"Page (\d+) \(Total results: (\d+)\)", parts[at]) if at is not None else None
-    if not match:
+    if at is None or not match:
         raise ValueError(f"webshop: expected a results page, got {' [SEP] '.join(parts)[:80]!r}")
     rows = [part for part in parts[at + 1 :] if part not in ("Next >", "< Prev")]
     triples = zip(rows[::3], rows[1::3], rows[2::3])
     found = {asin.lower(): f"{plain(title)} > {short_prices(price)}" for asin, title, price in triples}
     return int(match[1]), max(1, math.ceil(int(match[2]) / PER_PAGE)), found
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #8b6c6aba
 def read_item(
     parts: list[str],  # texts of a product's page
     names: Collection[str],  # of options in this catalogue
@@ -179,7 +179,7 @@ def read_item(
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #dbf85b9c
 FILLER = STOP_WORDS | set(
-    "find me i i'm im need want looking look please would like am some buy get purchase can you help my hi hello".split()
+    "find me i i'm im need want looking look please would like am some buy get purchase can you help my".split()
 )
 
 
@@ -204,7 +204,7 @@ def possible_clicks(state: ShopState) -> list[str]:
     values = dict.fromkeys(value for values in state.options.values() for value in values)
     return ["back to search", "< prev", *values, *SUB_PAGES, "buy now"]
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #e6044537
 def possible_shop_actions(state: ShopState) -> list[str]:
     """Suggested searches and every click."""
     words = request_words(state.task)
@@ -221,7 +221,7 @@ def understood(
     text = clicked(name, possible_clicks(state)) if verb == "click" else name
     return (verb, text) if verb and text and state.page != "bought" else ("", name)
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #8d20d61e
 def advance(
     state: ShopState,  # changed in place
     verb: str,
@@ -245,7 +245,7 @@ def advance(
     else:
         state.chosen |= chosen_option(state.options, text)
 
-
+# %% ../../nbs/environments/13e_webshop_state.ipynb #029651cc
 def needs_look(
     state: ShopState,  # before the action
     verb: str,
@@ -273,11 +273,11 @@ class ShopMapper:
 
     def update(self, state: str, action: str, observation: str) -> str:
         """The state after an action and the page that followed. Raises ValueError for a page that cannot follow."""
-        before = parse_shop_state(state)
+        before = read_state(state)
         verb, text = understood(before, action)
         if not verb:
             return self.merge(state, f"fail {action}")
-        after, parts = parse_shop_state(state), observation.split(" [SEP] ")
+        after, parts = read_state(state), observation.split(" [SEP] ")
         advance(after, verb, text)
         if not needs_look(before, verb, text):
             return after.text()
@@ -291,7 +291,7 @@ class ShopMapper:
 
     def diff(self, state: str, next_state: str) -> str:
         """Changed lines only; 'no change'; or 'fail ' and the action."""
-        old, new = parse_shop_state(state), parse_shop_state(next_state)
+        old, new = read_state(state), read_state(next_state)
         if new.last != "ok":
             return new.last
         moved = (old.page, old.asin) != (new.page, new.asin)
@@ -301,7 +301,7 @@ class ShopMapper:
 
     def merge(self, state: str, delta: str) -> str:
         """Applies a change. Raises ValueError naming a line that makes no sense."""
-        parsed = parse_shop_state(state)
+        parsed = read_state(state)
         if delta.startswith("fail "):
             return replace(parsed, last=f"fail {' '.join(delta[5:].split()[:8])}".rstrip()).text()
         parsed.last = "ok"
@@ -311,15 +311,15 @@ class ShopMapper:
 
     def facts(self, state: str) -> frozenset[str]:
         """Every line but the task; each listed product by itself."""
-        parsed = parse_shop_state(state)
+        parsed = read_state(state)
         found = {f"found {asin} {line}" for asin, line in parsed.results.items()}
         return frozenset(found | set(replace(parsed, results={}).lines()) | {f"last {parsed.last}"})
 
     def admissible_actions(self, state: str) -> list[str]:
         """Suggested searches and every click."""
-        return possible_shop_actions(parse_shop_state(state))
+        return possible_shop_actions(read_state(state))
 
     def silent(self, state: str, action: str) -> bool:
         """Whether the next page shows something that the state does not know."""
-        parsed = parse_shop_state(state)
+        parsed = read_state(state)
         return bool(understood(parsed, action)[0]) and needs_look(parsed, *understood(parsed, action))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..core.config import Config
 from ..core.data_structures import Task, Trajectory, episode_row
@@ -39,16 +40,18 @@ from .play import evaluate_policy, play_settings
 from .policy import Policy
 from .ppo import FiniteGuard, PPOSettings, bare, make_batch, ppo_update
 from .rollout import rollout, rollout_metrics
-from .scale import autocast, from_main, is_main, lora_layers, share_of, trainable
+from .scale import autocast, from_main, gather_weights, is_main, is_spread, lora_layers
+from .scale import share_of, spread, trainable
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'GROUPED', 'OFFLINE', 'Prepared', 'ArmLoop', 'group_size', 'affordable', 'finished', 'make_curriculum',
            'task_writer', 'dreams_of_success', 'check_algorithm', 'check_curriculum', 'make_optimizer',
-           'start_arm_loop', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'play_iteration',
-           'sample_tasks', 'collect', 'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks',
-           'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
+           'start_arm_loop', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration',
+           'play_iteration', 'sample_tasks', 'collect', 'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups',
+           'over_ranks', 'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm', 'save_stopped',
+           'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
@@ -99,14 +102,15 @@ class ArmLoop:
     whole: bool = True  # weights, counters and metrics are those of `iteration`; False in the middle of an update
     curriculum: CurriculumTaskGenerator = field(init=False)  # rank 0's counts
     known: dict[str, Any] = field(default_factory=dict)  # the curriculum's state after `iteration`
+    twin: Policy | None = None  # on rank 0, the whole of a policy that is spread over ranks
 
     def __post_init__(self) -> None:
         self.curriculum = make_curriculum(self)
 
     @property
     def player(self) -> Policy:
-        """The policy itself."""
-        return bare(self.policy)
+        """The policy itself, or its twin where it is spread."""
+        return self.twin or bare(self.policy)
 
     @property
     def checkpoints(self) -> Path:
@@ -215,15 +219,26 @@ def start_arm_loop(
     loop.trackers = trackers
     found = newest_checkpoint(loop.checkpoints)
     if found:
-        load_arm(loop, *found)
+        state = load_arm(loop, *found)
         cut_back(loop, found[1])
-    elif arm == "s2r":
-        continue_dream(loop)
-    if accelerator is not None:
-        loop.policy, loop.optimizer = accelerator.prepare(loop.policy, loop.optimizer)
+    else:
+        state = continue_dream(loop) if arm == "s2r" else {}
+    wrap(loop)
+    checkpoints.restore_optimizer(loop.optimizer, state)
     if not found:
         begin(loop)
     return loop
+
+
+def wrap(
+    loop: ArmLoop,  # changed in place
+) -> None:
+    """Makes policy, optimiser and reference those of several ranks."""
+    if is_spread(loop.accelerator):
+        loop.twin = copy.deepcopy(loop.policy) if is_main(loop.accelerator) else None
+        loop.reference = spread(loop.reference, loop.accelerator) if loop.reference else None
+    if loop.accelerator is not None:
+        loop.policy, loop.optimizer = loop.accelerator.prepare(loop.policy, loop.optimizer)
 
 # %% ../../nbs/training/36a_arms.ipynb #fed346de
 def begin(
@@ -257,8 +272,8 @@ def load_arm(
     manifest: Path,
     facts: dict[str, Any],  # the manifest's content
     optimizer: bool = True,  # optimiser and critic too
-) -> None:
-    """Weights, optimiser, random generators, curriculum and counters of a checkpoint."""
+) -> dict[str, Tensor]:  # state of the optimiser, which is restored after wrapping
+    """Weights, random generators, curriculum and counters of a checkpoint."""
     saved, folder = load_policy(manifest, loop.device), manifest.parent / facts["folder"]
     if lora_layers(loop.policy):
         loop.policy.model.load_state_dict(load_file(folder / "adapters.safetensors", loop.device), strict=False)
@@ -266,27 +281,28 @@ def load_arm(
         loop.policy.model.load_state_dict(saved.model.state_dict())
     if optimizer:
         loop.policy.value.load_state_dict(saved.value.state_dict())
-        checkpoints.restore_optimizer(loop.optimizer, load_file(folder / "optimizer.safetensors"))
     checkpoints.restore_rng(load_file(folder / "random.safetensors"))
     loop.iteration, loop.best = facts["iteration"], facts["best"]
     loop.real_transitions, loop.fresh_from = facts["real_transitions"], facts["fresh_from"]
     loop.guard.failures = facts["failures"]
     loop.known = json.loads((folder / "curriculum.json").read_text(encoding="utf-8"))
     loop.curriculum.load_state_dict(loop.known)
+    return load_file(folder / "optimizer.safetensors") if optimizer else {}
 
 
 def continue_dream(
     loop: ArmLoop,  # changed in place
-) -> None:
+) -> dict[str, Tensor]:  # state of the optimiser
     """Puts an s2r arm where the dream arm ended. Raises CheckpointError if that is not finished."""
     dream, training = loop.run.path.parent / "dream" / "checkpoints", loop.config.training
     found = newest_checkpoint(dream)
     if found is None or found[1]["iteration"] < training.num_iterations:
         raise CheckpointError(f"s2r continues the dream arm, which is not finished in {str(dream)!r}; train it first")
-    load_arm(loop, *found, optimizer=training.s2r_optimizer == "keep")
+    state = load_arm(loop, *found, optimizer=training.s2r_optimizer == "keep")
     loop.best = {"iteration": loop.iteration, "success": -1.0}
     if training.s2r_optimizer == "reset":
         loop.fresh_from = loop.iteration
+    return state
 
 # %% ../../nbs/training/36a_arms.ipynb #b98119c1
 def run_iteration(
@@ -312,8 +328,7 @@ def run_iteration(
         if dreams and is_main(loop.accelerator):
             measure_dream(loop, row, dreams)
     row["time/iteration"] = time.monotonic() - start
-    if is_main(loop.accelerator):
-        write_iteration(loop, row, trajectories)
+    write_iteration(loop, row, trajectories)
     loop.whole = True
     return row
 
@@ -375,11 +390,13 @@ def update_policy(
     if not usable:
         metrics: dict[str, float] = {"policy/updates": 0}
     elif rl.algorithm == "rft":
-        metrics = rft_update(loop.player, loop.optimizer, usable, rl.epochs, rl.minibatch, seed)
+        metrics = rft_update(bare(loop.policy), loop.optimizer, usable, rl.epochs, rl.minibatch, seed)
     else:
         learn = learn_ppo if rl.algorithm == "ppo" else learn_in_groups
         metrics = over_ranks(learn(loop, share_of(usable, loop.accelerator)), loop.accelerator)
     loop.policy.eval()
+    if is_spread(loop.accelerator):
+        gather_weights(loop.policy, loop.twin)
     return metrics
 
 
@@ -398,7 +415,8 @@ def learn_ppo(
     rl, (reference, in_reward, in_loss) = loop.config.rl, kl_terms(loop)
     discounts = {"gamma_token": rl.gamma_token, "lambda_token": rl.lambda_token}
     more: dict[str, Any] = {"kl_reward_coef": in_reward, "accelerator": loop.accelerator} | discounts
-    batch = make_batch(mine, loop.policy, reference, rl.gamma, rl.gae_lambda, rl.temperature, **more)
+    with autocast(loop.accelerator):  # the reference too
+        batch = make_batch(mine, loop.policy, reference, rl.gamma, rl.gae_lambda, rl.temperature, **more)
     warming = loop.iteration - loop.fresh_from < rl.value_warmup
     settings = PPOSettings.from_config(rl, kl_coef=in_loss, values_only=warming)
     return ppo_update(loop.policy, loop.optimizer, batch, settings, loop.accelerator, loop.guard)
@@ -412,7 +430,8 @@ def learn_in_groups(
     rl, (reference, in_reward, in_loss) = loop.config.rl, kl_terms(loop)
     estimator: Any = rl.algorithm if rl.group_std else "dr-grpo"
     terms = (estimator, rl.temperature, rl.gamma, rl.step_weight, in_reward)
-    batch = make_group_batch(mine, loop.policy, reference, *terms, accelerator=loop.accelerator)
+    with autocast(loop.accelerator):
+        batch = make_group_batch(mine, loop.policy, reference, *terms, accelerator=loop.accelerator)
     longest = loop.ready.env.max_turns * loop.config.policy_model.max_new_tokens
     settings = GRPOSettings.from_config(rl, kl_coef=in_loss, aggregation=rl.loss_aggregation, max_tokens=longest)
     return grpo_update(loop.policy, loop.optimizer, batch, settings, loop.accelerator, loop.guard)
@@ -480,8 +499,9 @@ def write_iteration(
     trajectories: Sequence[Trajectory],
 ) -> None:
     """Metrics, episodes, checkpoint."""
-    log_row(loop, row)
-    loop.run.append("episodes.jsonl", [episode_row(t, iteration=loop.iteration) for t in trajectories[:4]])
+    if is_main(loop.accelerator):
+        log_row(loop, row)
+        loop.run.append("episodes.jsonl", [episode_row(t, iteration=loop.iteration) for t in trajectories[:4]])
     if loop.iteration % loop.config.training.save_every == 0 or finished(loop):
         save_arm(loop)
 
@@ -500,15 +520,17 @@ def log_row(
 def save_arm(
     loop: ArmLoop,
 ) -> None:
-    """A checkpoint of the last whole iteration; old ones go."""
+    """A checkpoint of the last whole iteration; old ones go. Every rank helps to gather what is spread."""
+    state = checkpoints.optimizer_tensors(loop.optimizer, keep=is_main(loop.accelerator))
+    if not is_main(loop.accelerator):
+        return
     run, training, section = loop.run, loop.config.training, loop.config.policy_model
     facts: dict[str, Any] = {"offset": run.offset(), "episodes_offset": (run.path / "episodes.jsonl").stat().st_size}
     facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm}
     facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(loop.ready.buffer)}
     facts["limits"] = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
-    save_checkpoint(
-        loop.checkpoints, loop.iteration, loop.player, loop.optimizer, facts, {"curriculum.json": loop.known}
-    )
+    kept = {"curriculum.json": loop.known}
+    save_checkpoint(loop.checkpoints, loop.iteration, loop.player, state, facts, kept)
     checkpoints.prune_checkpoints(loop.checkpoints, training.keep_last, loop.best["iteration"], training.keep_every)
 
 # %% ../../nbs/training/36a_arms.ipynb #6dc51071
@@ -518,7 +540,8 @@ def save_stopped(
     """What can be kept of an arm that was told to stop."""
     manifest = loop.checkpoints / manifest_name(loop.iteration)
     started = loop.iteration > 0 and (loop.run.path / "episodes.jsonl").is_file()
-    if loop.whole and started and is_main(loop.accelerator) and not manifest.is_file():
+    alone = is_main(loop.accelerator) and not is_spread(loop.accelerator)  # no other rank is needed
+    if loop.whole and started and alone and not manifest.is_file():
         save_arm(loop)
 
 

@@ -23,7 +23,7 @@ from ..core.errors import CheckpointError
 from ..core.language_model import LanguageModel, load_language_model
 from ..utils.tracking import sync_folder, write_json
 from .policy import Policy, TurnCodec
-from .scale import lora_tensors, merged
+from .scale import gathered, lora_tensors, merged, spread_like
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,16 @@ __all__ = ['log', 'optimizer_tensors', 'restore_optimizer', 'rng_tensors', 'rest
 # %% ../../nbs/training/35b_checkpoints.ipynb #2063322a
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
-) -> dict[str, torch.Tensor]:  # 'index.name' -> tensor
-    """Optimiser state as named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value).clone() for i, slot in state.items() for name, value in slot.items()}
+    keep: bool = True,  # False: only help other ranks to gather what is spread
+) -> dict[str, torch.Tensor]:  # 'index.name' -> tensor on the CPU
+    """Optimiser state as named tensors, whole ones where it is spread over ranks."""
+    found: dict[str, torch.Tensor] = {}
+    for i, slot in optimizer.state_dict()["state"].items():
+        for name, value in slot.items():
+            whole = gathered(torch.as_tensor(value))
+            if keep:
+                found[f"{i}.{name}"] = whole.to("cpu", copy=True)
+    return found
 
 
 def restore_optimizer(
@@ -47,9 +53,10 @@ def restore_optimizer(
 ) -> None:
     """Inverse of `optimizer_tensors`; hyper-parameters stay the optimiser's own."""
     state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = spread_like(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #f21504e7
@@ -82,7 +89,7 @@ def save_checkpoint(
     folder: Path,  # such as runs/x/dream/checkpoints
     iteration: int,
     policy: Policy,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: dict[str, torch.Tensor] | None,  # from `optimizer_tensors`
     facts: dict[str, Any],  # JSON: metrics offset, best score, config hash, …
     more: Mapping[str, Any] | None = None,  # further files of JSON: name -> content
 ) -> Path:  # the manifest, 'policy_iter_0003.json'
@@ -100,7 +107,7 @@ def save_checkpoint(
     for file, content in (more or {}).items():
         (work / file).write_text(json.dumps(content), encoding="utf-8")
     if optimizer is not None:
-        save_file(optimizer_tensors(optimizer), work / "optimizer.safetensors")
+        save_file(optimizer, work / "optimizer.safetensors")
     files = {path.name: _synced_sha256(path) for path in sorted(work.iterdir())}
     sync_folder(work)
     work.rename(final)

@@ -21,8 +21,9 @@ from ..core.errors import ConfigError, MissingExtra
 from .policy import Policy
 
 # %% auto #0
-__all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'make_accelerator',
-           'autocast', 'is_main', 'from_main', 'share_of']
+__all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'asked_for',
+           'check_engine', 'make_accelerator', 'spread_on_cpu', 'autocast', 'is_main', 'from_main', 'share_of',
+           'is_spread', 'gathered', 'spread_like', 'spread', 'gather_weights']
 
 # %% ../../nbs/training/30a_scale.ipynb #2d3d3693
 def add_lora(
@@ -111,23 +112,48 @@ def precision_of(
     return "bf16" if cuda and section.mixed_precision != "no" else "no"
 
 # %% ../../nbs/training/30a_scale.ipynb #836a5adc
+def asked_for(
+    engine: str,  # 'FSDP', 'DEEPSPEED', 'MEGATRON_LM'
+) -> bool:
+    """Whether accelerate's configuration wants this engine."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def check_engine() -> None:
+    """Raises ConfigError for an engine that this trainer cannot drive."""
+    wanted = {name: asked_for(key) for key, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"))}
+    wanted["FSDP version 1"] = asked_for("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
+    for name in (name for name, here in wanted.items() if here):
+        raise ConfigError(
+            f"accelerate is configured for {name}, which this trainer cannot drive; expected DDP (torchrun), or FSDP2, "
+            "which spreads what DeepSpeed's ZeRO-3 spreads: accelerate launch --use_fsdp --fsdp_version 2"
+        )
+
+# %% ../../nbs/training/30a_scale.ipynb #29c24a88
 def make_accelerator(
     section: TrainingConfig,
 ) -> Any:  # accelerate.Accelerator; None: one process on a CPU
-    """The accelerator of this process. Raises ConfigError where accelerate was told to spread weights over ranks."""
+    """The accelerator of this process. Raises ConfigError for an engine that this trainer cannot drive."""
     precision, cpu = precision_of(section), device_of(section.device) == "cpu"
     if cpu and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+    check_engine()
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # rank 0 may play for long
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"accelerate is configured for {accelerator.distributed_type.value}: the updates of ppo and grpo work "
-            "there, but this trainer lets rank 0 play, which needs the whole policy on it; use DDP (torchrun), or LoRA"
-        )
+    if cpu and asked_for("FSDP"):
+        spread_on_cpu(accelerator)
     return accelerator
+
+
+def spread_on_cpu(accelerator: Any) -> None:
+    """Turns FSDP on where accelerate would silently ignore it, and nobody but a test wants it."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
 
 # %% ../../nbs/training/30a_scale.ipynb #47f29f23
 def autocast(accelerator: Any) -> AbstractContextManager[Any]:
@@ -164,3 +190,51 @@ def share_of(
         groups.setdefault((trajectory.source, trajectory.group), []).append(trajectory)
     mine = list(groups.values())[accelerator.process_index :: accelerator.num_processes]
     return [trajectory for group in mine for trajectory in group]
+
+# %% ../../nbs/training/30a_scale.ipynb #5c9a2c33
+def is_spread(accelerator: Any) -> bool:
+    """Whether each rank holds only a part of the weights."""
+    return accelerator is not None and getattr(accelerator, "is_fsdp2", False)
+
+
+def gathered(
+    tensor: Tensor,
+) -> Tensor:
+    """The whole of a spread tensor; a plain one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread_like(
+    tensor: Tensor,  # whole
+    parameter: Tensor,  # of an optimiser
+) -> Tensor:
+    """This rank's part, if the parameter is spread and the tensor is a state of its shape."""
+    if not hasattr(parameter, "full_tensor") or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    where: Any = parameter
+    return distribute_tensor(tensor.to(where.device), where.device_mesh, where.placements)
+
+# %% ../../nbs/training/30a_scale.ipynb #13efe3f7
+def spread(
+    policy: Policy,  # changed in place
+    accelerator: Any,
+) -> Policy:
+    """Spreads a policy that does not train, as accelerate's configuration says."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(accelerator, policy)
+
+
+@torch.no_grad()
+def gather_weights(
+    policy: Policy,  # spread; every rank calls this
+    copy: Policy | None,  # takes the weights; None on ranks that do not need them
+) -> None:
+    """Brings a copy up to date."""
+    targets = dict(copy.named_parameters()) if copy is not None else {}
+    for name, parameter in policy.named_parameters():
+        whole = gathered(parameter)
+        if targets:
+            targets[name].copy_(whole)

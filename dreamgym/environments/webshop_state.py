@@ -16,8 +16,8 @@ from .webshop_search import STOP_WORDS
 
 # %% auto #0
 __all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'plain', 'short_prices', 'read_results', 'read_item',
-           'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance', 'needs_look',
-           'ShopMapper']
+           'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance', 'needs_look', 'look',
+           'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #a571bbb6
 @dataclass
@@ -231,7 +231,7 @@ def advance(
     state.last = "ok"
     if verb == "search":
         turn_to(state, "results", "")
-        state.query = text
+        state.query = plain(text, 20)
     elif text == "back to search":
         turn_to(state, "search", "")
     elif state.page == "results":
@@ -257,6 +257,58 @@ def needs_look(
     opens = state.page == "results" and text != "back to search"
     return opens or (state.page == "item" and text in SUB_PAGES and text not in state.texts)
 
+# %% ../../nbs/environments/13e_webshop_state.ipynb #b7addaa3
+def look(
+    state: ShopState,  # changed in place: the action is done, its page not read yet
+    observation: str,  # the page
+    option_names: Collection[str],  # of the catalogue
+) -> None:
+    """Adds what a page shows. Raises ValueError for a page that cannot follow."""
+    parts = observation.split(" [SEP] ")
+    if state.page == "results":
+        state.number, state.pages, state.results = read_results(parts)
+    elif state.page == "item":
+        state.options = read_item(parts, option_names)
+    elif "< Prev" not in parts:
+        raise ValueError(f"webshop: expected a product's {state.page}, got {observation[:80]!r}")
+    else:
+        state.texts[state.page] = plain(" ".join(parts[parts.index("< Prev") + 1 :]), 40)
+
+# %% ../../nbs/environments/13e_webshop_state.ipynb #07d0ea46
+def state_change(
+    state: str,
+    next_state: str,
+) -> str:  # changed lines; 'no change'; or 'fail ' and the action
+    """What `apply_change` needs to make one state of the other."""
+    old, new = read_state(state), read_state(next_state)
+    if new.last != "ok":
+        return new.last
+    moved = (old.page, old.asin) != (new.page, new.asin)
+    turn_to(old, new.page, new.asin)
+    lines, known = new.lines(), set(old.lines()[1:])
+    return "\n".join(lines[: int(moved)] + [line for line in lines[1:] if line not in known]) or "no change"
+
+
+def apply_change(
+    state: str,
+    change: str,  # of `state_change`, or of a model
+) -> str:
+    """Applies a change. Raises ValueError naming a line that makes no sense."""
+    parsed = read_state(state)
+    if change.startswith("fail "):
+        return replace(parsed, last=f"fail {' '.join(change[5:].split()[:8])}").text()
+    parsed.last = "ok"
+    for line in change.split("\n") if change != "no change" else ():
+        apply_line(parsed, line)
+    return parsed.text()
+
+
+def shop_facts(state: str) -> frozenset[str]:
+    """Every line but the task; each listed product by itself."""
+    parsed = read_state(state)
+    found = {f"found {asin} {line}" for asin, line in parsed.results.items()}
+    return frozenset(found | set(replace(parsed, results={}).lines()) | {f"last {parsed.last}"})
+
 # %% ../../nbs/environments/13e_webshop_state.ipynb #404bf136
 class ShopMapper:
     """Abstract states of a shop's pages; a `StateMapper`."""
@@ -273,50 +325,26 @@ class ShopMapper:
 
     def update(self, state: str, action: str, observation: str) -> str:
         """The state after an action and the page that followed. Raises ValueError for a page that cannot follow."""
-        before = read_state(state)
-        verb, text = understood(before, action)
-        if not verb:
-            return self.merge(state, f"fail {action}")
-        after, parts = read_state(state), observation.split(" [SEP] ")
-        advance(after, verb, text)
-        if not needs_look(before, verb, text):
-            return after.text()
-        if after.page == "results":
-            after.number, after.pages, after.results = read_results(parts)
-        elif after.page == "item":
-            after.options = read_item(parts, self.option_names)
-        else:
-            after.texts[after.page] = plain(" ".join(parts[parts.index("< Prev") + 1 :]), 40)
-        return after.text()
-
-    def diff(self, state: str, next_state: str) -> str:
-        """Changed lines only; 'no change'; or 'fail ' and the action."""
-        old, new = read_state(state), read_state(next_state)
-        if new.last != "ok":
-            return new.last
-        moved = (old.page, old.asin) != (new.page, new.asin)
-        turn_to(old, new.page, new.asin)
-        lines, known = new.lines(), set(old.lines()[1:])
-        return "\n".join(lines[: int(moved)] + [line for line in lines[1:] if line not in known]) or "no change"
-
-    def merge(self, state: str, delta: str) -> str:
-        """Applies a change. Raises ValueError naming a line that makes no sense."""
         parsed = read_state(state)
-        if delta.startswith("fail "):
-            return replace(parsed, last=f"fail {' '.join(delta[5:].split()[:8])}".rstrip()).text()
-        parsed.last = "ok"
-        for line in delta.split("\n") if delta != "no change" else ():
-            apply_line(parsed, line)
+        verb, text = understood(parsed, action)
+        if not verb:
+            return apply_change(state, f"fail {action}")
+        new = needs_look(parsed, verb, text)
+        advance(parsed, verb, text)
+        if new:
+            look(parsed, observation, self.option_names)
         return parsed.text()
 
+    def diff(self, state: str, next_state: str) -> str:
+        return state_change(state, next_state)
+
+    def merge(self, state: str, delta: str) -> str:
+        return apply_change(state, delta)
+
     def facts(self, state: str) -> frozenset[str]:
-        """Every line but the task; each listed product by itself."""
-        parsed = read_state(state)
-        found = {f"found {asin} {line}" for asin, line in parsed.results.items()}
-        return frozenset(found | set(replace(parsed, results={}).lines()) | {f"last {parsed.last}"})
+        return shop_facts(state)
 
     def admissible_actions(self, state: str) -> list[str]:
-        """Suggested searches and every click."""
         return possible_shop_actions(read_state(state))
 
     def silent(self, state: str, action: str) -> bool:

@@ -279,7 +279,15 @@ def test_inside_a_running_loop_and_from_two_threads(clients):
         assert found[0] == found[1] and client.ledger.requests == 85
 
 
-def test_an_interrupt_cancels_the_batch_and_the_client_lives_on(clients):
+@pytest.fixture()
+def heard():
+    """SIGINT raises KeyboardInterrupt, also in a process that was started with SIGINT ignored (in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_cancels_the_batch_and_the_client_lives_on(clients, heard):
     with running(LLMServer(faults=("hang",), only="bad")) as server:
         client = clients(server)
 

@@ -313,10 +313,7 @@ def shop_facts(state: str) -> frozenset[str]:
 class ShopMapper:
     """Abstract states of a shop's pages; a `StateMapper`."""
 
-    def __init__(
-        self,
-        option_names: Collection[str] = ("color", "size", "style", "scent"),  # of the catalogue
-    ):
+    def __init__(self, option_names: Collection[str] = ("color", "size", "style", "scent")):  # of the catalogue
         self.option_names = frozenset(option_names)
 
     def start(self, task: Task, observation: str) -> str:

@@ -13,7 +13,7 @@ from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import ConfigError, EnvironmentFailure, unknown_name
 
 # %% auto #0
-__all__ = ['BUILDERS', 'PLANNED', 'StateMapper', 'BatchEnv', 'Environment', 'make_environment', 'CountingEnv', 'check_env',
+__all__ = ['BUILDERS', 'StateMapper', 'BatchEnv', 'Environment', 'make_environment', 'CountingEnv', 'check_env',
            'TranscriptMapper', 'gymnasium_result', 'GymnasiumBatchEnv']
 
 # %% ../../nbs/environments/10_base_env.ipynb #225cfdb6
@@ -62,26 +62,21 @@ class Environment:
 BUILDERS = {
     "alfworld": "dreamgym.environments.alfworld:build",
     "taubench": "dreamgym.environments.taubench:build",
+    "webarena": "dreamgym.environments.webarena:build",
     "webshop": "dreamgym.environments.webshop:build",
 }
-PLANNED = ("webarena",)  # named in configs/, not built yet
 
 # %% ../../nbs/environments/10_base_env.ipynb #ec79526b
 def make_environment(
     name: str,  # 'alfworld', … or 'module:function' of your own
     config: Any = None,  # EnvironmentConfig
 ) -> Environment:
-    """Builds an environment by name.
-
-    Raises ConfigError for an unknown name, EnvironmentFailure for one that is not built yet.
-    """
+    """Builds an environment by name. Raises ConfigError for an unknown one."""
     from importlib import import_module
 
-    if name in PLANNED:
-        raise EnvironmentFailure(f"environment {name!r} is not built yet; available now: {', '.join(BUILDERS)}")
     target = BUILDERS.get(name) or (name if ":" in name else None)
     if target is None:
-        raise ConfigError(unknown_name("environment", name, [*BUILDERS, *PLANNED]))
+        raise ConfigError(unknown_name("environment", name, BUILDERS))
     module, function = target.split(":")
     return getattr(import_module(module), function)(config)
 

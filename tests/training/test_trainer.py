@@ -115,7 +115,7 @@ def test_the_folder_of_another_config_is_refused(whole):
     ("flags", "said"),
     [
         (["--env", "alfwold"], "did you mean 'alfworld'"),
-        (["--env", "webarena"], "not built yet"),
+        (["--env", "webarena", "--set", "environment.data_dir=nowhere"], "environment.data_dir"),
         (["--set", "buffer.capcity=3"], "did you mean 'buffer.capacity'"),
         (["--set", "rl.lr=fast"], "rl.lr: expected"),
         (["--set", "environment.data_dir=no/such/folder"], "no/such/folder"),

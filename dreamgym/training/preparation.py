@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from ..core import language_model as lm
-from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig
+from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, project_path
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError
 from ..core.generators import TransformersGenerator
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
-from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, load_experiences, record
+from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
+from ..environments.offline_readers import read_trajectories
 from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
 from ..models.reasoning_model import ReasoningExperienceModel, reward_line
 from ..models.replay_buffer import ExperienceReplayBuffer
@@ -77,7 +78,7 @@ def offline_data(
         )
     if where == "auto":
         return record_offline(env, tasks, config.training.seed)
-    return load_experiences(where)[0]
+    return read_trajectories(project_path(where))[0]
 
 # %% ../../nbs/training/35a_preparation.ipynb #0ea17359
 def with_initial_states(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from ..core.data_structures import Experience
 from .desk_state import DeskState, OrderView, failed_desk, parse_desk, reveals
 from .service_desk import ENDS, KINDS, Request, read_ticket, right_outcome
 from .tool_calls import CallError, ToolCall, read_call
@@ -178,13 +179,12 @@ def expected_desk(
 
 
 def desk_determined(
-    state: str,
-    action: str,
+    e: Experience,  # a recorded step
 ) -> bool:
     """Whether what is known gives next state and reward."""
-    before, call = parse_desk(state), proper_call(action)
+    before, call = parse_desk(e.state), proper_call(e.action)
     hidden = call is not None and call.name == ENDS and check_goal(before)[0] is None
-    return not hidden and not (reveals(before, action) and judge_call(before, action).ok)
+    return not hidden and not (reveals(before, e.action) and judge_call(before, e.action).ok)
 
 # %% ../../nbs/environments/14c_desk_rules.ipynb #ddddcd78
 def desk_violations(

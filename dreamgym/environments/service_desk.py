@@ -387,7 +387,6 @@ def replay(
 def expert_call(
     desk: ServiceDesk,
     ticket: str,
-    seed: int | None = None,  # order of looking; None: by number
 ) -> str:
     """The next call of an expert who searches with what was shown."""
     user, requests = read_ticket(ticket)
@@ -408,7 +407,7 @@ def expert_call(
     hidden = [name for name in own if name not in desk.seen]
     if not hidden or all(request.item in shown for request in requests):
         return write_call(ENDS)
-    return write_call("show", order=hidden[0] if seed is None else random.Random(f"{seed} {hidden}").choice(hidden))
+    return write_call("show", order=hidden[0])
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #92f99f43
 def vary(

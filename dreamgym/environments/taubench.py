@@ -96,6 +96,7 @@ def build_desk(
         vary=vary,
         feasible=feasible,
         verify=desk_violations if config.mapper else None,
+        determined=desk_determined if config.mapper else None,
         info={"data": "generated", "domain": "desk", "mode": "solo", "tools": 9, "max_turns": max_turns},
     )
 
@@ -103,8 +104,8 @@ def build_desk(
 def desk_expert(
     env: ServiceEnv,
     slot: int,
-    seed: int | None = None,  # order of looking
+    seed: int | None = None,  # changes nothing: the expert looks in a fixed order
 ) -> str:
     """The next call of the expert in a slot."""
     service: Any = env.session(slot).service
-    return expert_call(service.desk, service.task.instruction, seed)
+    return expert_call(service.desk, service.task.instruction)

@@ -293,6 +293,11 @@ class EnvironmentConfig(Section):
         ge=0,
         description="the clone's own episodes that join the offline data; null: one per task (episodes) [ours]",
     )
+    domain: Literal["desk", "telecom", "retail", "airline"] = Field(
+        "desk", description="taubench: the embedded desk, or an official domain [ours]"
+    )
+    user_llm: str = Field("", description="simulated user, as llama@http://127.0.0.1:8000/v1; '': none [ours]")
+    judge_llm: str = Field("", description="judge of natural-language assertions, in the same form [ours]")
     browser: str | None = Field(None, description="Chromium for web tasks, path or name; null: look for one [ours]")
     browsers: int = Field(2, gt=0, description="browsers that run at a time (processes) [ours]")
     num_train_worlds: int = Field(600, gt=0, description="training worlds in the offline data (worlds) [ours]")

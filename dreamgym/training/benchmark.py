@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'MODES', 'METHODS', 'Row', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run', 'plan_runs',
            'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'dream_numbers', 'rows_of',
            'over_seeds', 'over_types', 'summarise', 'difference', 'commit_of', 'Ledger', 'run_one', 'work_off',
-           'run_all', 'table_of']
+           'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -125,11 +125,17 @@ class Run:
     mode: str
     seed: int
     methods: tuple[str, ...]  # that it is made for
+    label: str = ""  # of its setting, where there are several
 
     @property
     def name(self) -> str:
         """Of its folder, with the hash of its setting."""
         return f"{self.algorithm}-{self.mode}-seed{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.label} {self.name}".strip()
 
 
 def plan_runs(
@@ -365,7 +371,7 @@ def run_one(
     command = command_of(run, setting, folder)
     common = {"seed": run.seed, "setting": setting.name, "config_hash": stamp, "command": shlex.join(command)}
     common["commit"] = commit_of(project_root())
-    say(f"{run.name}: started, for {', '.join(run.methods)}")
+    say(f"{run.title}: started, for {', '.join(run.methods)}")
     try:
         there = (folder / "result.json").is_file()
         if not there:
@@ -374,11 +380,11 @@ def run_one(
         seconds = None if there else round(time.monotonic() - began, 1)  # unknown where it was only read
         ledger.note(rows_of(run, folder, common | {"split": split, "seconds": seconds}))
     except (DreamGymError, OSError, ValueError, KeyError) as error:
-        failure = {"run": run.name, "methods": list(run.methods), "error": f"{type(error).__name__}: {error}"}
+        failure = {"run": run.title, "methods": list(run.methods), "error": f"{type(error).__name__}: {error}"}
         ledger.note([], common | failure)
-        say(f"{run.name}: FAILED, {error}")
+        say(f"{run.title}: FAILED, {error}")
         return False
-    say(f"{run.name}: done in {time.monotonic() - began:.0f} s")
+    say(f"{run.title}: done in {time.monotonic() - began:.0f} s")
     return True
 
 # %% ../../nbs/training/40_benchmark.ipynb #6988aab3
@@ -424,23 +430,28 @@ def run_all(
     return ledger
 
 # %% ../../nbs/training/40_benchmark.ipynb #e8266397
-def table_of(
-    rows: Sequence[Row],  # of one setting
-    temperature: float = 1.0,
-) -> list[Row]:  # one a method, in the order of METHODS
+def line_of(
+    rows: Sequence[Row],  # of one method, one temperature, one setting: one a seed
+) -> Row:
     """Success over seeds with its cost, and what the dream claimed."""
 
     def mean(values: Sequence[Any]) -> float | None:
         known = [v for v in values if v is not None and math.isfinite(v)]
         return sum(known) / len(known) if known else None
 
+    found = over_seeds(rows)
+    line = {"seeds": len(rows), "success": found.value, "low": found.low, "high": found.high, "n": found.n}
+    return line | {key: mean([row[key] for row in rows]) for key in ("real_transitions", "dream_success", "hazard")}
+
+
+def table_of(
+    rows: Sequence[Row],  # of one setting
+    temperature: float = 1.0,
+) -> list[Row]:  # one a method, in the order of METHODS
+    """A line for each method."""
     table = []
     for name, method in METHODS.items():
         mine = [row for row in rows if row["method"] == name and row["temperature"] == temperature]
         if mine:
-            found = over_seeds(mine)
-            line = {"method": method.label, "seeds": len(mine), "success": found.value, "low": found.low}
-            line |= {"high": found.high, "n": found.n}
-            means = {key: mean([row[key] for row in mine]) for key in ("real_transitions", "dream_success", "hazard")}
-            table.append(line | means)
+            table.append({"method": method.label} | line_of(mine))
     return table

@@ -1,0 +1,216 @@
+"""Ablations times seeds: what each switch means, what is run, what is said; and the notebook that shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_run_benchmark import Runner, quick_bootstrap  # noqa: F401, a fixture
+
+from dreamgym.core.config import load_config
+from dreamgym.core.errors import ConfigError
+from dreamgym.training import ablations as ab
+from dreamgym.training.benchmark import METHODS, Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = {  # of the design's table
+    "dream": ("buffer", "synthetic_ratio", 0),
+    "curriculum": ("curriculum", "difficulty_increment", 0),
+    "offline-data": ("environment", "offline_data", None),
+    "reasoning": ("reasoning_model", "reasoning", False),
+    "replay": ("buffer", "top_k", 0),
+    "task-generation": ("curriculum", "synthetic_fraction_max", 0),
+    "history": ("reasoning_model", "history", 0),
+}
+
+
+def run(tmp_path, text, seeds, runner, setting=Setting(), **more):
+    chosen = ab.parse_ablations(text)
+    return ab.run_ablations(chosen, seeds, setting, tmp_path / "a.json", tmp_path / "runs", start=runner, **more)
+
+
+def overrides_of(command):
+    return dict(zip(command[4::3], command[5::3], strict=True))["overrides"]
+
+
+# ---- switches
+
+
+def test_every_switch_of_the_design_takes_its_part_away():
+    assert set(SWITCHES) == set(ab.ABLATIONS) - {ab.FULL} and all(a.method in METHODS for a in ab.ABLATIONS.values())
+    settings = ab.settings_of(ab.ABLATIONS, ab.full_method(Setting()))
+    full = settings[ab.FULL].load(0)
+    for name, (section, key, off) in SWITCHES.items():
+        changed = settings[name].load(0)
+        assert getattr(getattr(changed, section), key) == off != getattr(getattr(full, section), key), name
+        assert changed.model_copy(update={section: getattr(full, section)}) == full  # and nothing else
+    assert not full.training.control
+
+
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu"])
+def test_every_part_of_the_full_method_is_on(preset):
+    config = ab.full_method(Setting(preset=preset)).load(0)
+    for section, key, off in SWITCHES.values():
+        assert getattr(getattr(config, section), key) != off
+
+
+def test_the_users_word_is_stronger_than_the_full_method():
+    setting = Setting(overrides="reasoning_model.history=0 curriculum.synthetic_fraction_max=0.9")
+    config = ab.full_method(setting).load(0)
+    assert config.reasoning_model.history == 0 and config.curriculum.synthetic_fraction_max == 0.9
+    with pytest.raises(ConfigError, match="'history' changes nothing"):
+        ab.settings_of(ab.parse_ablations("history"), ab.full_method(setting))
+
+
+def test_an_environment_without_a_generator_generates_nothing(monkeypatch):
+    monkeypatch.setattr(ab, "make_environment", lambda *_: SimpleNamespace(vary=None))
+    full = ab.full_method(Setting())
+    assert full.load(0).curriculum.synthetic_fraction_max == 0 < full.load(0).curriculum.difficulty_increment
+    with pytest.raises(ConfigError, match="'task-generation' changes nothing"):
+        ab.settings_of(ab.parse_ablations("task-generation"), full)
+    able = ab.full_method(Setting(overrides="reasoning_model.name=some/model"))
+    assert able.load(0).curriculum.synthetic_fraction_max > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("reply", "did you mean 'replay'"),
+        ("replay;history", "unknown ablation"),
+        ("", "expected names"),
+        ("full", "expected names"),
+        ("1,2", "unknown ablation '1'"),
+        ("sweep:top_kk=1", "did you mean 'top_k'"),
+        ("sweep:lr=1", "reasoning_model.lr, rl.lr"),
+        ("sweep:top_k", "such as 'sweep:top_k=0,1,2,4'"),
+        ("sweep:top_k=1,histry", "did you mean 'history'"),
+    ],
+)
+def test_bad_names(text, said):
+    with pytest.raises(ConfigError, match=said):
+        ab.parse_ablations(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "values"),
+    [
+        ("sweep:top_k=0,1,2,4", "buffer.top_k", [0, 1, 2, 4]),
+        ("sweep:num_train_worlds=150,600", "environment.num_train_worlds", [150, 600]),
+        ("sweep:train_steps=100", "reasoning_model.train_steps", [100]),
+        ("sweep:curriculum.synthetic_fraction_max=0,.25,1e-1", "curriculum.synthetic_fraction_max", [0, 0.25, 0.1]),
+    ],
+)
+def test_sweeps(text, key, values):
+    chosen = ab.parse_ablations(text + ",replay")
+    assert list(chosen)[-1] == "replay" and len(chosen) == len(values) + 2
+    section, name = key.split(".")
+    for ablation, value in zip(list(chosen.values())[1:], values, strict=False):
+        config = load_config(None, "alfworld", "smoke", ablation.overrides)
+        assert getattr(getattr(config, section), name) == value and ablation.method == "dream"
+
+
+def test_a_value_that_cannot_be_is_told_before_anything_runs(tmp_path):
+    runner = Runner()
+    with pytest.raises(ConfigError, match="buffer.top_k: expected"):
+        run(tmp_path, "sweep:top_k=-1", [0], runner)
+    with pytest.raises(ConfigError, match="workers=0"):
+        run(tmp_path, "replay", [0], runner, workers=0)
+    assert not runner.commands and not (tmp_path / "a.json").exists()
+
+
+# ---- runs
+
+
+def test_one_run_for_each_setting_and_seed(tmp_path):
+    runner = Runner()
+    ledger = run(tmp_path, "replay,dream,sweep:top_k=0,1,2", [0, 1], runner, workers=1)
+    words = [overrides_of(command) for command in runner.commands]
+    assert len(words) == 8 and all(
+        "training.control=false" in word for word in words
+    )  # top_k 0 and 1 are there already
+    modes = [command[command.index("mode") + 1] for command in runner.commands]
+    assert modes.count("real") == 2 and all(("synthetic_ratio=0" in w) == (m == "real") for w, m in zip(words, modes))
+    first = [word.split()[-2] for word in words[:4]]  # seed 0, the full method first
+    assert first[1:] == ["buffer.top_k=0", "buffer.synthetic_ratio=0", "buffer.top_k=2"] and "top_k" not in words[0]
+    summary = ledger.content["summary"]["ablations"]
+    assert summary["buffer.top_k=1"]["minus_full"]["mean"] == 0 and summary["buffer.top_k=1"]["seeds"] == 2
+    assert summary["dream"]["success"] == pytest.approx((12 + 13) / 2 / 40)  # the row of real RL
+
+
+def test_what_is_done_is_not_run_again(tmp_path):
+    first, second, third = Runner(), Runner(), Runner()
+    run(tmp_path, "replay", [0], first)
+    run(tmp_path, "replay", [0], second)
+    run(tmp_path, "replay,history", [0, 1], third)
+    assert len(first.commands) == 2 and not second.commands and len(third.commands) == 4
+    kept = json.loads((tmp_path / "a.json").read_text())
+    assert {row["seed"] for row in kept["rows"]} == {0, 1} and len(kept["summary"]["ablations"]) == 3
+    row = kept["rows"][0]
+    assert row["command"].startswith("papermill nbs/run_experiment.ipynb ") and isinstance(row["commit"], str)
+    assert isinstance(row["seconds"], float) and "curriculum.difficulty_increment=0.5" in kept["summary"]["setting"]
+
+
+def test_a_failed_run_is_noted_under_its_ablation(tmp_path):
+    said = []
+    ledger = run(tmp_path, "replay", [0, 1], Runner({("ppo", "1")}), say=said.append)
+    assert sorted(f["run"] for f in ledger.failures) == ["full ppo-dream-seed1", "replay ppo-dream-seed1"]
+    assert ledger.content["summary"]["ablations"]["replay"]["minus_full"]["seeds"] == 1
+    assert any(line.startswith("replay ppo-dream-seed1: FAILED") for line in said)
+    assert run(tmp_path, "replay", [0, 1], Runner()).failures == []
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    chosen = ab.parse_ablations("replay,history")
+    stamps = {name: {seed: f"{name}{seed}" for seed in range(3)} for name in chosen}
+    won = {"full": (20, 24, 30), "replay": (16, 22, 27), "history": (25,)}
+
+    def row(name, seed, wins):
+        scores = {"success": wins / 40, "low": 0, "high": 1, "n": 40, "by_type": {}, "real_transitions": 9}
+        dream = {"dream_success": None, "hazard": None}
+        where = {"method": "dream", "temperature": 1.0, "config_hash": f"{name}{seed}", "seed": seed}
+        return scores | where | dream
+
+    rows = [row(name, seed, wins) for name, all_ in won.items() for seed, wins in enumerate(all_)]
+    found = ab.summarise_ablations(rows, chosen, stamps)
+    lost, half = found["replay"]["minus_full"], 4.302653 * (1 / 40) / 3**0.5  # differences of -4, -2, -3 games
+    assert lost["mean"] == pytest.approx(-3 / 40) and lost["low"] == pytest.approx(-3 / 40 - half, abs=1e-6)
+    assert found["history"]["minus_full"] == {"mean": pytest.approx(5 / 40), "low": None, "high": None, "seeds": 1}
+    table = ab.table_of_ablations(found)
+    assert table[1]["Δ mean"] == pytest.approx(-7.5) and table[1]["paper Δ, WebShop"] == pytest.approx(-4.7)
+    assert "Δ mean" not in table[0] and "paper Δ, WebShop" not in table[2]
+    assert ab.summarise_ablations([], chosen, stamps) == {}
+
+
+# ---- notebook
+
+
+def papermill(tmp_path, values):
+    words = [word for key, value in values.items() for word in ("-p", key, str(value))]
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "run_ablations.ipynb"), str(tmp_path / "o.ipynb")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+
+
+def test_the_notebook_shows_what_is_there(tmp_path):
+    """All runs are done already, so it only reads, tabulates and plots."""
+    pytest.importorskip("papermill")
+    run(tmp_path, "replay,sweep:top_k=2", [0, 1], Runner())
+    names = {"ablations": "replay,sweep:top_k=2", "seeds": "0,1", "preset": "smoke"}
+    done = papermill(tmp_path, names | {"out_dir": tmp_path / "runs", "results": tmp_path / "a.json"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = json.dumps(json.loads((tmp_path / "o.ipynb").read_text(encoding="utf-8")), ensure_ascii=False)
+    assert "Nothing is missing." in shown and "No run failed." in shown and "without replay" in shown
+    assert (tmp_path / "runs" / "figures" / "ablations.png").stat().st_size < 50_000
+
+
+def test_the_notebook_refuses_what_does_not_exist(tmp_path):
+    pytest.importorskip("papermill")
+    done = papermill(tmp_path, {"ablations": "reply", "preset": "smoke"})
+    assert done.returncode == 1 and "did you mean 'replay'" in done.stderr

@@ -32,8 +32,8 @@ __all__ = ['logger', 'INSTALL', 'PROGRAMS', 'find_chromium', 'require_browsergym
            'BrowserPool', 'WebSlot', 'WebEnv']
 
 # %% ../../nbs/environments/15d_browser.ipynb #c4ac3aef
-INSTALL = "apt-get install chromium, or: playwright install chromium"
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+INSTALL = "apt-get install chromium-headless-shell (or chromium), or: playwright install chromium"
+PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find_chromium(

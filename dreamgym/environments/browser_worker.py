@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from queue import Queue
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from ..core.data_structures import Task
 from ..core.errors import DataError
@@ -68,10 +68,11 @@ def open_browser(
     """Starts Chromium and makes BrowserGym use it."""
     import browsergym.core
     from browsergym.core import env
-    from playwright._impl import _connection
+    from playwright._impl import _connection, _sync_base
     from playwright.sync_api import sync_playwright
 
-    _connection.inspect = cast(Any, SimpleNamespace(stack=list))  # else every call walks the stack, for a log
+    for module in (_connection, _sync_base):  # else every call walks the stack, for a log
+        setattr(module, "inspect", SimpleNamespace(stack=list))
     playwright = sync_playwright().start()
     flags = ["--disable-dev-shm-usage", "--disable-gpu", "--disable-extensions", "--mute-audio"]
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run for root

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'MIXTURE', 'episode_line', 'record_web', 'main', 'web_episode', 'own_action']
 
 # %% ../../nbs/environments/16b_web_recordings.ipynb #5f127149
-MIXTURE = ((EXPERT, 1), (Behaviour("noisy", 0.3), 1), (Behaviour("noisy", 0.6), 2), (RANDOM, 3))  # every n-th task
+MIXTURE = ((EXPERT, 1), (Behaviour("noisy", 0.3), 1), (Behaviour("noisy", 0.6), 1), (RANDOM, 2))  # every n-th task
 
 
 def episode_line(

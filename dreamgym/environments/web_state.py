@@ -29,8 +29,8 @@ def fold(
     text: str,
     words: int = MAX_WORDS,
 ) -> str:  # one line
-    """Text without line breaks, cut after some words; no page can write lines of its own."""
-    parts = [part[:80] for part in text.split()]
+    """Text without line breaks and control characters, cut after some words; no page can write lines of its own."""
+    parts = [part[:80] for part in "".join(c if c.isprintable() else " " for c in text).split()]
     return " ".join(parts[:words]) + (" …" if len(parts) > words else "")
 
 
@@ -80,7 +80,10 @@ def read_nodes(
 
 
 def _literal(written: str | None) -> str:
-    return str(ast.literal_eval(written)) if written else ""
+    try:
+        return str(ast.literal_eval(written)) if written else ""
+    except (SyntaxError, ValueError):  # no literal after all
+        return written or ""
 
 # %% ../../nbs/environments/15b_web_state.ipynb #dbd824ba
 @dataclass(slots=True)

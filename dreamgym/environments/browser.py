@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,10 @@ class WebEnv:
         """The state of a slot, which is all that its expert sees."""
         return self._running(slot).state
 
+    def turn(self, slot: int) -> int:
+        """Actions so far in a slot."""
+        return self._running(slot).turn
+
     def _running(self, slot: int) -> WebSlot:
         if (running := self._slots[slot]) is None:
             raise ValueError(f"slot {slot} has no episode; call reset first")
@@ -232,8 +236,8 @@ class WebEnv:
         answer = _answer(slot, self._pool.settings.reset_seconds)
         if "failed" in answer:
             return StepResult("", aborted=f"reset failed: {answer['failed']}")
-        seen = answer["observation"]
-        slot.state = self._mapper.start(task, seen) if self._mapper else seen
+        seen, told = answer["observation"], replace(task, instruction=answer["goal"])  # some pages make up their own
+        slot.state = self._mapper.start(told, seen) if self._mapper else seen
         return StepResult(slot.state, seen, admissible_actions=self._offered(slot), info={"goal": answer["goal"]})
 
     def _played(self, slot: WebSlot, action: str) -> StepResult:

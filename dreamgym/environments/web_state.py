@@ -18,7 +18,7 @@ __all__ = ['FIELDS', 'LISTS', 'SWITCHES', 'CONTROLS', 'MAX_LINES', 'MAX_WORDS', 
            'read_command', 'browser_call', 'phrases', 'possible_actions', 'WebMapper']
 
 # %% ../../nbs/environments/15b_web_state.ipynb #d86b081a
-FIELDS = ("textbox", "searchbox", "spinbutton")
+FIELDS = ("textbox", "searchbox", "spinbutton", "Date", "InputTime")
 LISTS = ("combobox", "listbox")
 SWITCHES = ("checkbox", "radio", "switch", "menuitemcheckbox", "menuitemradio")
 CONTROLS = (*FIELDS, *LISTS, *SWITCHES, "link", "button", "tab", "menuitem", "option", "slider", "treeitem")

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_webarena.py runs/webarena-ppo-cpu-seed0 --episodes 24
 
-Takes a run of `run_experiment -p env webarena`, because a dream needs its trained experience model. Wall and CPU seconds of all processes;
-browsers are started before the clock.
+Takes a run of `run_experiment -p env webarena`, because a dream needs its trained experience model. Wall and CPU seconds
+of all processes; browsers are started before the clock.
 """
 
 import argparse

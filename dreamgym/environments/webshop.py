@@ -194,14 +194,10 @@ def build(
     found = config.data_dir not in (None, "generated")
     max_turns = config.max_episode_steps or TURNS
     parts = official_parts(config) if found else generated_parts(config)
-    mapper: StateMapper = parts.pop("mapper") if config.mapper else TranscriptMapper()
+    own = parts.pop("mapper")
+    mapper: StateMapper = own if config.mapper else TranscriptMapper()
     engine_of, tell = parts.pop("engine_of"), parts.pop("titles_tell")
     parts |= rules_of_shops(tell) if config.mapper else {}
-    rules = {
-        "annotate": partial(shop_reasoning, titles_tell=tell),
-        "verify": partial(shop_violations, titles_tell=tell),
-    }
-    rules |= {"determined": lambda e: is_determined(e.state, e.action, tell)}
     return Environment(
         name="webshop" if found else "webshop-generated",
         mapper=mapper,

@@ -92,8 +92,8 @@ def clicked(
     """Finds what was clicked. Spaces do not matter: small tokenizers put one between letters and digits."""
     if name in clickable:
         return name
-    bare = name.replace(" ", "")
-    return next((text for text in clickable if text.replace(" ", "") == bare), None) if bare else None
+    bare = "".join(name.split())
+    return next((text for text in clickable if "".join(text.split()) == bare), None) if bare else None
 
 # %% ../../nbs/environments/13c_webshop_pages.ipynb #58a33bf3
 def clickables(

@@ -18,7 +18,7 @@ from .webshop_pages import ShopEngine, clickables, open_shop
 from .webshop_products import ShopFiles, ShopGoal, read_shop
 from .webshop_reward import alike, basic_color, plain_nouns, spacy_nouns
 from .webshop_rules import is_determined, read_wish, shop_reasoning, shop_violations, shopper
-from .webshop_state import ShopMapper, plain, read_state, request_words
+from .webshop_state import ShopMapper, plain, read_state, request_words, short_task
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',
@@ -117,7 +117,7 @@ def expert(
 ) -> str:
     """Next action of the careful shopper in a slot; of the oracle where the instruction or the page is beyond it."""
     engine = env.engine(slot)
-    wish = read_wish(engine.goal.instruction)
+    wish = read_wish(short_task(engine.goal.instruction))
     action = None
     if wish and env.state(slot).startswith("task: "):
         action = shopper(read_state(env.state(slot)), wish, titles_tell)

@@ -82,7 +82,7 @@ class ShopSize:
     values: int  # of each option
 
 
-SHOP_SIZES = {"small": ShopSize(2, 3, 3, 0, 3), "full": ShopSize(6, 4, 4, 1, 4)}
+SHOP_SIZES = {"small": ShopSize(2, 2, 3, 0, 3), "full": ShopSize(6, 4, 4, 1, 4)}
 DEAR = 60.0  # dollars that a dear copy costs more
 
 

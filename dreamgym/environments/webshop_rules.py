@@ -29,7 +29,7 @@ class Wish:
     limit: float = 1_000_000.0  # US dollars
 
 
-_WISH = re.compile(r"Find me ([\w, ]+) (\w+)(?: with ([\w:, ]+?))?(?:,? and price lower than ([\d.]+) dollars)?")
+_WISH = re.compile(r"([\w, ]+) (\w+)((?:; [a-z]+: \w+)*)(?:; under ([\d.]+) dollars)?")
 
 
 @lru_cache(maxsize=8192)
@@ -40,10 +40,8 @@ def read_wish(
     match = _WISH.fullmatch(task)
     if not match or match[2] not in TYPES:
         return None
-    pairs = [part.removeprefix("and ").split(": ") for part in (match[3] or "").split(", ") if part]
-    if not all(len(pair) == 2 for pair in pairs):
-        return None
-    return Wish(match[2], tuple(match[1].split(", ")), dict(pairs), float(match[4] or 1_000_000))
+    options = dict(part.split(": ") for part in match[3].split("; ")[1:])
+    return Wish(match[2], tuple(match[1].split(", ")), options, float(match[4] or 1_000_000))
 
 # %% ../../nbs/environments/13f_webshop_rules.ipynb #64bf24ba
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from .webshop_pages import PER_PAGE, SUB_PAGES, chosen_option, clicked, read_act
 from .webshop_search import STOP_WORDS
 
 # %% auto #0
-__all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'plain', 'short_prices', 'read_results', 'read_item',
-           'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance', 'needs_look', 'look',
-           'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
+__all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'plain', 'short_prices', 'short_task', 'read_results',
+           'read_item', 'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance',
+           'needs_look', 'look', 'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #a571bbb6
 @dataclass
@@ -146,6 +146,15 @@ def short_prices(text: str) -> str:
     """'$31.0 to $40.5' becomes '31 to 40.5', '40.00 dollars' becomes '40 dollars'."""
     return re.sub(r"(\d)\.0+\b", r"\1", text.replace("$", ""))
 
+# %% ../../nbs/environments/13e_webshop_state.ipynb #161f3ff8
+def short_task(
+    instruction: str,
+) -> str:  # 'slim, cotton shirt; color: blue; size: large; under 40 dollars'
+    """An instruction without the words that every one of WebShop's has; people's words stay as they are."""
+    text = short_prices(" ".join(instruction.split())).removeprefix("Find me ")
+    text = re.sub(r",? and price lower than ([\d.]+ dollars)$", r"; under \1", text)
+    return re.sub(r"(?: with|, and) ([a-z][a-z ]*: )", r"; \1", text)
+
 # %% ../../nbs/environments/13e_webshop_state.ipynb #410d6e9b
 def read_results(
     parts: list[str],  # texts of a results page
@@ -184,10 +193,10 @@ FILLER = STOP_WORDS | set(
 
 
 def request_words(
-    task: str,  # instruction
+    task: str,  # instruction, or its short form
 ) -> str:
     """The request without politeness, options and price."""
-    text = re.split(r" with [\w ]+: |,? and price lower than", task)[0]
+    text = re.split(r"; (?:[a-z ]+: |under [\d.]+ dollars)", short_task(task))[0]
     return " ".join(word for word in plain(text, 99).split() if word.strip(".'") not in FILLER) or plain(task)
 
 
@@ -318,7 +327,7 @@ class ShopMapper:
 
     def start(self, task: Task, observation: str) -> str:
         """The state before the first action."""
-        return ShopState(" ".join(short_prices(task.instruction).split())).text()
+        return ShopState(short_task(task.instruction)).text()
 
     def update(self, state: str, action: str, observation: str) -> str:
         """The state after an action and the page that followed. Raises ValueError for a page that cannot follow."""

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +22,8 @@ from .tool_calls import CallError, Tool, text_tool, write_call
 # %% auto #0
 __all__ = ['COLOURS', 'KINDS', 'POLICY', 'ENDS', 'WISHES', 'FIRST', 'Order', 'DeskData', 'ServiceDesk', 'desk_tools', 'Request',
            'word_request', 'read_ticket', 'right_outcome', 'outcome_call', 'desk_world', 'possible_requests',
-           'may_have', 'draw_requests', 'desk_task', 'gold_actions', 'desk_case', 'replay', 'expert_call', 'vary',
-           'feasible']
+           'may_have', 'possible_tickets', 'draw_requests', 'desk_task', 'gold_actions', 'desk_case', 'replay',
+           'expert_call', 'vary', 'feasible']
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #a217ce0d
 COLOURS = ("black", "blue", "green", "red", "white", "yellow")
@@ -285,8 +285,19 @@ def may_have(
     requests: Sequence[Request],
 ) -> bool:
     """Whether a ticket belongs to a split of its world."""
-    held = random.Random(f"held {seed} {requests}").random() < 0.25
+    held = random.Random(f"held {seed} {sorted(map(str, requests))}").random() < 0.25
     return split not in ("train", "seen") or held == (split == "seen")
+
+# %% ../../nbs/environments/14a_service_desk.ipynb #8947cf0c
+@lru_cache(maxsize=4096)
+def possible_tickets(
+    split: str,
+    seed: int,  # of the world
+) -> list[tuple[Request, ...]]:  # one or two wishes each, about different things
+    """Every ticket of a world that belongs to a split."""
+    singles = [request for request, _ in possible_requests(seed)]
+    pairs = [(a, b) for a in singles for b in singles if a.item < b.item]
+    return [chosen for chosen in [*((one,) for one in singles), *pairs] if may_have(split, seed, chosen)]
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #22659f1c
 FIRST = MappingProxyType({"train": 0, "seen": 0, "valid": 1_000_000, "unseen": 2_000_000})  # split -> its first world
@@ -306,7 +317,7 @@ def draw_requests(
         chosen = tuple(rng.sample(some, min(len(some), 2 if wanted == "two wishes" else 1)))
         if len({request.item for request in chosen}) == len(chosen) and may_have(split, world, chosen):
             return chosen
-    return (pool[0][0],)
+    return rng.choice(possible_tickets(split, world))
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #776821e2
 def desk_task(
@@ -417,10 +428,7 @@ def vary(
 ) -> list[str]:  # other tickets for the same customer
     """Proposes other tickets for a task's world; held-out ones stay out."""
     own, world = read_ticket(task.instruction), task.metadata["world"]
-    singles = [request for request, _ in possible_requests(world)]
-    pairs = [(a, b) for a in singles for b in singles if a.item < b.item]
-    made = [chosen for chosen in [*((one,) for one in singles), *pairs] if may_have(task.split, world, chosen)]
-    made = [chosen for chosen in made if set(chosen) != set(own[1])]
+    made = [chosen for chosen in possible_tickets(task.split, world) if set(chosen) != set(own[1])]
     rng = random.Random(f"{task.id} {seed}")
     drawn = rng.sample(made, min(n, len(made)))
     return [f"{own[0]} wants to {' and to '.join(word_request(r, rng.randrange(2)) for r in c)}." for c in drawn]

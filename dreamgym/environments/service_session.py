@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..core.data_structures import StepResult, Task
 from ..core.errors import EnvironmentFailure, MissingExtra
@@ -33,7 +33,7 @@ class Service(Protocol):
     policy: str
     ticket: str  # empty: a customer speaks
     scenario: str  # the customer's side, for a simulated user
-    tools: Mapping[str, Tool]
+    tools: dict[str, Tool]
     plain_ends: bool  # words to nobody end a solo episode with nothing, as upstream
 
     def reward(self, said: Said, stopped: bool) -> tuple[float, dict[str, float]]:

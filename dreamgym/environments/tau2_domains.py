@@ -119,6 +119,7 @@ def _official(
         from inspect_ai.util._store import Store  # not public: inspect-evals is pinned
     except ImportError as error:
         raise MissingExtra(error.name or "inspect-ai", INSTALL) from None
+    kits: tuple[type, ...]
     if domain == "telecom":
         from inspect_evals.tau2.telecom.TelecomAgentTools import TelecomAgentTools
         from inspect_evals.tau2.telecom.TelecomUserTools import TelecomUserTools

@@ -9,13 +9,29 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..core.data_structures import Task
-from ..core.errors import ConfigError
-from ..core.llm import LLMClient
-from .alfworld import TaskList
-from .base_env import Environment
-from .desk_rules import desk_determined, desk_trace, desk_violations
-from .desk_state import DeskMapper
+from dreamgym.core.data_structures import (
+    Task,
+)
+from dreamgym.core.errors import (
+    ConfigError,
+)
+from dreamgym.core.llm import (
+    LLMClient,
+)
+from dreamgym.environments.alfworld import (
+    TaskList,
+)
+from dreamgym.environments.base_env import (
+    Environment,
+)
+from dreamgym.environments.desk_rules import (
+    desk_determined,
+    desk_trace,
+    desk_violations,
+)
+from dreamgym.environments.desk_state import (
+    DeskMapper,
+)
 from dreamgym.environments.service_desk import (
     POLICY,
     DeskData,
@@ -28,8 +44,19 @@ from dreamgym.environments.service_desk import (
     replay,
     vary,
 )
-from .service_session import GUIDELINES, ConversationMapper, Said, ServiceEnv, total_reward
-from .tau2_domains import Tau2Service, gold_messages, load_domain, tau2_tasks
+from dreamgym.environments.service_session import (
+    GUIDELINES,
+    ConversationMapper,
+    Said,
+    ServiceEnv,
+    total_reward,
+)
+from dreamgym.environments.tau2_domains import (
+    Tau2Service,
+    gold_messages,
+    load_domain,
+    tau2_tasks,
+)
 from dreamgym.environments.tau2_upstream import (
     UpstreamService,
     upstream_gold,
@@ -142,7 +169,7 @@ def build_official(
     if domain != "telecom" and customer is None:
         raise ConfigError(f"environment.domain: {domain} has customers to talk to; set environment.user_llm")
     upstream = wants_upstream()
-    desk = UpstreamDesk(domain) if upstream else PackagedDesk(domain, judge)
+    desk: Any = UpstreamDesk(domain) if upstream else PackagedDesk(domain, judge)
     max_turns = config.max_episode_steps or OFFICIAL_TURNS
     mapper = ConversationMapper()
     info = {"data": "tau2-bench" if upstream else "inspect-evals", "domain": domain, "max_turns": max_turns}

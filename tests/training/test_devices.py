@@ -1,0 +1,86 @@
+"""Rollout and update in bfloat16 on a CPU, and, where there is CUDA, the same and the whole trainer on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from rl_toys import new_policy
+from test_trainer import metrics, trainer, weights
+
+from dreamgym.core.data_structures import Task
+from dreamgym.core.generators import SamplingParams, TransformersGenerator
+from dreamgym.environments.base_env import CountingEnv
+from dreamgym.training.checkpoints import rng_tensors
+from dreamgym.training.grpo import GRPOSettings, grpo_update, make_group_batch
+from dreamgym.training.policy import TurnCodec
+from dreamgym.training.ppo import PPOSettings, make_batch, ppo_update
+from dreamgym.training.rollout import RolloutConfig, rollout
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, cuda])
+TASKS = [Task(f"t{i}", str(2 + i), seed=i) for i in range(4)] * 2
+
+
+def play(policy, generator=None):
+    """Conversations of different lengths, with the cache carried on."""
+    config = RolloutConfig(slots=8, max_new_tokens=4, context_length=64)
+    generator = generator or TransformersGenerator(policy.language_model)
+    return rollout(generator, CountingEnv(8), TASKS, policy.codec, config, seed=3)
+
+
+def talkative(device, family):
+    policy = new_policy(family=family)
+    policy.codec = TurnCodec(policy.tokenizer, context="conversation")
+    return policy.to(device)
+
+
+@pytest.mark.parametrize("family", ["SmallLM", "Llama"])
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_rollout_and_updates(device, family, precision):
+    policy = talkative(device, family)
+    start, reference = copy.deepcopy(policy.state_dict()), copy.deepcopy(policy)
+    with torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext():
+        played = play(policy)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        found = ppo_update(policy, optimizer, make_batch(played, policy, reference), PPOSettings(token_budget=200))
+        again = make_group_batch(played, policy, reference)
+        more = grpo_update(policy, optimizer, again, GRPOSettings(token_budget=200, kl_stop=9.0))
+    assert all(map(math.isfinite, [*found.values(), *more.values()])) and found["policy/updates"] > 0
+    assert found["policy/mismatch_max"] < (0.2 if precision == "bf16" else 1e-4)
+    assert {p.device.type for p in policy.parameters()} == {device} and {p.dtype for p in policy.parameters()} == {
+        torch.float32
+    }
+    assert any(not torch.equal(start[name], tensor) for name, tensor in policy.state_dict().items())
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("family", ["SmallLM", "Llama"])
+def test_a_gpu_says_what_the_cpu_says(family):
+    """Greedy, float32: the same tokens and log-probabilities; with and without the cache carried on."""
+    policy = talkative("cpu", family)
+    prompts = policy.codec.prompts(["door 1", "nothing here nothing here", "door 3"])
+    greedy = SamplingParams(8, temperature=0.0)
+    here = TransformersGenerator(policy.language_model).generate(prompts, greedy)
+    policy.to("cuda")
+    there = TransformersGenerator(policy.language_model).generate(prompts, greedy, sessions=range(3))
+    for a, b in zip(here, there, strict=True):
+        assert a.ids == b.ids and torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+
+
+@pytest.mark.gpu
+@cuda
+def test_the_trainer_on_a_gpu(tmp_path):
+    """bfloat16 by default; its checkpoints are read on a CPU and hold the GPU's random state."""
+    t = trainer(tmp_path, training__num_iterations=2)
+    assert t.device.startswith("cuda") and t.accelerator.mixed_precision == "bf16"
+    t.fit(t.prepare(), "dream")
+    rows = metrics(tmp_path / "dream")
+    assert rows[-1]["policy/updates"] > 0 and rows[-1]["policy/mismatch_max"] < 0.3
+    assert {tensor.device.type for tensor in weights(tmp_path / "dream").values()} == {"cpu"}
+    assert any(name.startswith("cuda") for name in rng_tensors())

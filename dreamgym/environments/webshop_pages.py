@@ -89,11 +89,11 @@ def clicked(
     name: str,  # lower case
     clickable: Sequence[str],  # of the page
 ) -> str | None:  # the text on the page; None: it is not there
-    """Finds what was clicked. Spaces do not matter: small tokenizers put one between letters and digits."""
+    """Finds what was clicked. Spaces and hyphens do not matter: small tokenizers put one between letters and digits."""
     if name in clickable:
         return name
-    bare = "".join(name.split())
-    return next((text for text in clickable if "".join(text.split()) == bare), None) if bare else None
+    bare = re.sub(r"[\s-]", "", name)
+    return next((text for text in clickable if re.sub(r"[\s-]", "", text) == bare), None) if bare else None
 
 # %% ../../nbs/environments/13c_webshop_pages.ipynb #58a33bf3
 def clickables(

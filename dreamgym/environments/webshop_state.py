@@ -15,9 +15,9 @@ from .webshop_pages import PER_PAGE, SUB_PAGES, chosen_option, clicked, read_act
 from .webshop_search import STOP_WORDS
 
 # %% auto #0
-__all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'plain', 'short_prices', 'short_task', 'read_results',
-           'read_item', 'request_words', 'possible_clicks', 'possible_shop_actions', 'understood', 'advance',
-           'needs_look', 'look', 'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
+__all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'tied', 'plain', 'short_prices', 'short_task',
+           'read_results', 'read_item', 'request_words', 'possible_clicks', 'possible_shop_actions', 'understood',
+           'advance', 'needs_look', 'look', 'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #a571bbb6
 @dataclass
@@ -133,13 +133,18 @@ def read_state(
     return state
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #db8b33cc
+def tied(text: str) -> str:
+    """Numbers after words are joined to them by a hyphen."""
+    return re.sub(r"(?<=[a-z]) (?=\d)", "-", text)
+
+
 def plain(
     text: str,
     words: int = 12,  # that are kept
 ) -> str:
     """A title or text in lower case, without the signs that states are made of."""
     kept = re.sub(r"[^\w.'%&/+-]+", " ", text.lower()).split()
-    return " ".join(kept[:words]) or "nothing"
+    return tied(" ".join(kept[:words])) or "nothing"
 
 
 def short_prices(text: str) -> str:
@@ -152,7 +157,7 @@ def short_task(
 ) -> str:  # 'slim, cotton shirt; color: blue; size: large; under 40 dollars'
     """An instruction without the words that every one of WebShop's has; people's words stay as they are."""
     text = short_prices(" ".join(instruction.split())).removeprefix("Find me ")
-    text = re.sub(r",? and price lower than ([\d.]+ dollars)$", r"; under \1", text)
+    text = re.sub(r"(?:,? and price lower than|; under)[ -]([\d.]+ dollars)$", r"; under \1", tied(text))
     return re.sub(r"(?: with|, and) ([a-z][a-z ]*: )", r"; \1", text)
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #410d6e9b
@@ -166,7 +171,7 @@ def read_results(
         raise ValueError(f"webshop: expected a results page, got {' [SEP] '.join(parts)[:80]!r}")
     rows = [part for part in parts[at + 1 :] if part not in ("Next >", "< Prev")]
     triples = zip(rows[::3], rows[1::3], rows[2::3])
-    found = {asin.lower(): f"{plain(title)} > {short_prices(price)}" for asin, title, price in triples}
+    found = {asin.lower(): f"{plain(title)} > {tied(short_prices(price))}" for asin, title, price in triples}
     return int(match[1]), max(1, math.ceil(int(match[2]) / PER_PAGE)), found
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #8b6c6aba
@@ -183,7 +188,7 @@ def read_item(
         if part in names and part not in options:
             values = options[part] = []
         else:
-            values.append(part)
+            values.append(tied(part))
     return {name: tuple(values) for name, values in options.items()}
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #dbf85b9c

@@ -99,7 +99,7 @@ def verdict(
     if state.page == "results" and text in state.results:
         return True, [where, f"{text} {state.results[text]}"]
     name = next((name for name, values in state.options.items() if text in values), "")
-    return True, [where, f"{name} {text}".strip() if state.page == "item" else text]
+    return True, [where, f"{name} = {text}" if name and state.page == "item" else text]
 
 
 def shop_reasoning(
@@ -107,7 +107,7 @@ def shop_reasoning(
     action: str,
     next_state: str,  # what really happened
     titles_tell: bool = True,
-) -> str:  # one line, such as 'page item; color blue; ok'
+) -> str:  # one line, such as 'page item; color = blue; ok'
     """The reasoning for one real transition."""
     before = read_state(state)
     works, facts = verdict(before, action)

@@ -171,7 +171,9 @@ def read_results(
         raise ValueError(f"webshop: expected a results page, got {' [SEP] '.join(parts)[:80]!r}")
     rows = [part for part in parts[at + 1 :] if part not in ("Next >", "< Prev")]
     triples = zip(rows[::3], rows[1::3], rows[2::3])
-    found = {asin.lower(): f"{plain(title)} > {tied(short_prices(price))}" for asin, title, price in triples}
+    found = {
+        a.lower(): f"{plain(title.lstrip('0123456789 '))} > {tied(short_prices(price))}" for a, title, price in triples
+    }
     return int(match[1]), max(1, math.ceil(int(match[2]) / PER_PAGE)), found
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #8b6c6aba

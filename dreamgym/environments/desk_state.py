@@ -167,7 +167,7 @@ def desk_delta(
     lines += [f"unseen: {', '.join(new.unseen)}"] if new.unseen != left else []
     return "\n".join(lines) or "no change"
 
-
+# %% ../../nbs/environments/14b_desk_state.ipynb #d85facec
 _LINE = re.compile(r"(order \d+|stock [a-z]+|unseen):? (.+)$")
 
 

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,10 +20,10 @@ from ..core.errors import ConfigError, DataError, unknown_name
 from .tool_calls import CallError, Tool, text_tool, write_call
 
 # %% auto #0
-__all__ = ['COLOURS', 'KINDS', 'POLICY', 'ENDS', 'WISHES', 'FIRST', 'Order', 'DeskData', 'ServiceDesk', 'desk_tools', 'Request',
-           'word_request', 'read_ticket', 'right_outcome', 'outcome_call', 'desk_world', 'possible_requests',
-           'may_have', 'possible_tickets', 'draw_requests', 'desk_task', 'gold_actions', 'desk_case', 'replay',
-           'expert_call', 'vary', 'feasible']
+__all__ = ['COLOURS', 'KINDS', 'POLICY', 'ENDS', 'WISHES', 'FIRST', 'Order', 'DeskData', 'ServiceDesk', 'shown', 'handle', 'move',
+           'refund', 'exchange', 'desk_tools', 'Request', 'word_request', 'read_ticket', 'right_outcome',
+           'outcome_call', 'desk_world', 'possible_requests', 'may_have', 'possible_tickets', 'draw_requests',
+           'desk_task', 'gold_actions', 'desk_case', 'open_desk', 'replay', 'expert_call', 'vary', 'feasible']
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #a217ce0d
 COLOURS = ("black", "blue", "green", "red", "white", "yellow")
@@ -74,66 +74,83 @@ class DeskData:
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #f6a2cbf0
 class ServiceDesk:
-    """The desk's tools over one database; `seen` holds what was looked up in this conversation."""
+    """A database and what was looked up in this conversation."""
+
+    policy = POLICY
 
     def __init__(self, data: DeskData):
-        self.data, self.seen = data, set[str]()
+        self.data, self.seen = data, set[str]()  # names of customers, orders and kinds of things
 
     def find(self, user: str) -> dict[str, Any]:
+        """Orders of the customer on the line; of nobody else."""
         if user != self.data.caller:
             raise CallError(f"{user} is not on the line")
         self.seen.add(user)
         return {"user": user, "orders": [name for name, order in self.data.orders.items() if order.user == user]}
 
     def show(self, order: str) -> dict[str, Any]:
+        """One order of a customer who was found."""
         if order not in self.data.orders or self.data.orders[order].user not in self.seen:
             raise CallError(f"{order} is not an order of the customer")
         self.seen.add(order)
         return {"order": order} | asdict(self.data.orders[order])
 
     def stock(self, kind: str) -> dict[str, Any]:
+        """Colours in stock."""
         if kind not in self.data.stock:
             raise CallError(f"the shop sells no {kind}")
         self.seen.add(kind)
         return {"kind": kind, "colours": self.data.stock[kind]}
 
-    def cancel(self, order: str) -> dict[str, Any]:
-        return self._handle(order, "cancelled", "pending")
+# %% ../../nbs/environments/14a_service_desk.ipynb #00d560eb
+def shown(
+    desk: ServiceDesk,
+    name: str,  # 'order 12'
+) -> Order:
+    """An order that was shown. Raises CallError for any other."""
+    if name not in desk.seen or name not in desk.data.orders:
+        raise CallError(f"show {name} first")
+    return desk.data.orders[name]
 
-    def move(self, order: str, address: str) -> dict[str, Any]:
-        if not re.fullmatch(r"address \d+", address):
-            raise CallError(f"{address!r} is no address on file")
-        return self._handle(order, f"moved {address}", "pending")
 
-    def refund(self, order: str, payment: str) -> dict[str, Any]:
-        if self._shown(order).payment != payment:
-            raise CallError(f"{order} was not paid by {payment}")
-        return self._handle(order, "refunded", "delivered")
+def handle(
+    desk: ServiceDesk,
+    name: str,
+    outcome: str,  # 'cancelled', 'refunded', …
+    status: str = "",  # that the order must have; empty: any
+) -> dict[str, Any]:
+    """Writes down what was done about an order. Raises CallError where the policy forbids it."""
+    order = shown(desk, name)
+    if order.outcome:
+        raise CallError(f"{name} was handled already: {order.outcome}")
+    if status and order.status != status:
+        raise CallError(f"{name} is {order.status}, not {status}")
+    if status == "delivered" and order.final:
+        raise CallError(f"{name} is final sale")
+    order.outcome = outcome
+    return {"order": name, "outcome": outcome}
 
-    def exchange(self, order: str, colour: str) -> dict[str, Any]:
-        old, kind = self._shown(order).item.split(" ")
-        if kind not in self.seen or colour not in self.data.stock[kind] or colour == old:
-            raise CallError(f"no {colour} {kind} is known to be in stock, or it is the same")
-        return self._handle(order, f"exchanged {colour}", "delivered")
+# %% ../../nbs/environments/14a_service_desk.ipynb #89d0e713
+def move(desk: ServiceDesk, order: str, address: str) -> dict[str, Any]:
+    """Sends a pending order to an address on file."""
+    if not re.fullmatch(r"address \d+", address):
+        raise CallError(f"{address!r} is no address on file")
+    return handle(desk, order, f"moved {address}", "pending")
 
-    def transfer(self, order: str) -> dict[str, Any]:
-        return self._handle(order, "transferred", "")
 
-    def _shown(self, name: str) -> Order:
-        if name not in self.seen or name not in self.data.orders:
-            raise CallError(f"show {name} first")
-        return self.data.orders[name]
+def refund(desk: ServiceDesk, order: str, payment: str) -> dict[str, Any]:
+    """Takes a delivered order back, to the payment that was used."""
+    if shown(desk, order).payment != payment:
+        raise CallError(f"{order} was not paid by {payment}")
+    return handle(desk, order, "refunded", "delivered")
 
-    def _handle(self, name: str, outcome: str, status: str) -> dict[str, Any]:
-        order = self._shown(name)
-        if order.outcome:
-            raise CallError(f"{name} was handled already: {order.outcome}")
-        if status and order.status != status:
-            raise CallError(f"{name} is {order.status}, not {status}")
-        if outcome.startswith(("refunded", "exchanged")) and order.final:
-            raise CallError(f"{name} is final sale")
-        order.outcome = outcome
-        return {"order": name, "outcome": outcome}
+
+def exchange(desk: ServiceDesk, order: str, colour: str) -> dict[str, Any]:
+    """Exchanges a delivered order for another colour that is known to be in stock."""
+    old, kind = shown(desk, order).item.split(" ")
+    if kind not in desk.seen or colour not in desk.data.stock[kind] or colour == old:
+        raise CallError(f"no {colour} {kind} is known to be in stock, or it is the same")
+    return handle(desk, order, f"exchanged {colour}", "delivered")
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #e73406a4
 ENDS = "done"
@@ -143,18 +160,21 @@ def desk_tools(
     desk: ServiceDesk,
 ) -> dict[str, Tool]:  # name -> tool
     """The desk's nine tools."""
-    order = "such as 'order 12'"
-    tools = (
+    order, cancelled = "such as 'order 12'", {"outcome": "cancelled", "status": "pending"}
+    about = {
+        "cancel": ("Cancels a pending order.", lambda order: handle(desk, order, **cancelled), {}),
+        "move": ("Sends a pending order elsewhere.", partial(move, desk), {"address": "such as 'address 7'"}),
+        "refund": ("Takes a delivered order back.", partial(refund, desk), {"payment": "such as 'card 2'"}),
+        "exchange": ("Exchanges for another colour.", partial(exchange, desk), {"colour": "such as 'blue'"}),
+        "transfer": ("Hands an order to a person.", lambda order: handle(desk, order, "transferred"), {}),
+    }
+    tools = [
         text_tool("find", "Finds a customer and their orders.", desk.find, user="such as 'user 3'"),
         text_tool("show", "Shows an order.", desk.show, order=order),
         text_tool("stock", "Colours in stock of a kind of thing.", desk.stock, kind="such as 'lamp'"),
-        text_tool("cancel", "Cancels a pending order.", desk.cancel, order=order),
-        text_tool("move", "Sends a pending order elsewhere.", desk.move, order=order, address="such as 'address 7'"),
-        text_tool("refund", "Takes a delivered order back.", desk.refund, order=order, payment="such as 'card 2'"),
-        text_tool("exchange", "Exchanges for another colour.", desk.exchange, order=order, colour="such as 'blue'"),
-        text_tool("transfer", "Hands an order to a person.", desk.transfer, order=order),
+        *(text_tool(name, text, run, order=order, **more) for name, (text, run, more) in about.items()),
         text_tool(ENDS, "Everything that was asked is handled.", lambda: "The conversation is over."),
-    )
+    ]
     return {tool.name: tool for tool in tools}
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #c2f61777
@@ -384,14 +404,21 @@ def desk_case(
         },
     }
 
+# %% ../../nbs/environments/14a_service_desk.ipynb #69e48ba1
+def open_desk(
+    task: Task,
+) -> ServiceDesk:
+    """A desk on the database of a task's world."""
+    return ServiceDesk(DeskData.of(desk_world(task.metadata["world"])))
+
 
 def replay(
     task: Task,
 ) -> ServiceDesk:
     """The desk after the gold actions."""
-    desk = ServiceDesk(DeskData.of(desk_world(task.metadata["world"])))
+    desk = open_desk(task)
     for call in map(json.loads, gold_actions(task)[:-1]):
-        getattr(desk, call["name"])(**call["arguments"])
+        desk_tools(desk)[call["name"]].run(**call["arguments"])
     return desk
 
 # %% ../../nbs/environments/14a_service_desk.ipynb #5dc55cdd

@@ -23,7 +23,8 @@ from .tool_calls import CallError, Tool, ToolCall, read_call, run_call, text_too
 # %% auto #0
 __all__ = ['INSTALL', 'DOMAINS', 'tau2_folder', 'read_data', 'split_names', 'Tau2Data', 'load_domain', 'tau2_tasks',
            'fresh_toolkits', 'run_now', 'official_tools', 'calls_in', 'required_actions', 'Tau2Service',
-           'scenario_text', 'reward_basis', 'reward_parts', 'gold_replay', 'gold_hash', 'gold_messages']
+           'scenario_text', 'database_hash', 'reward_basis', 'reward_parts', 'gold_replay', 'gold_hash',
+           'gold_messages', 'PackagedDesk']
 
 # %% ../../nbs/environments/14e_tau2_domains.ipynb #6c802627
 INSTALL = "pip install 'dreamgym[taubench]'"
@@ -255,10 +256,6 @@ class Tau2Service:
 
             Environment(tools=self.toolkits[0], user_tools=self.toolkits[1]).sync_tools()
 
-    def hash(self) -> str:
-        """Of all databases."""
-        return " ".join(toolkit.db.get_hash() for toolkit in self.toolkits)
-
     def reward(self, said: Said, stopped: bool) -> tuple[float, dict[str, float]]:
         """τ²'s reward; nothing unless agent or customer ended the conversation."""
         parts = reward_parts(self, said) if stopped else {}
@@ -278,13 +275,20 @@ def scenario_text(
     return "\n".join([*lines, *(f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in told if text)])
 
 
+def database_hash(
+    toolkits: Sequence[Any],
+) -> str:
+    """Of all databases of a conversation."""
+    return " ".join(toolkit.db.get_hash() for toolkit in toolkits)
+
+
 def reward_basis(
     criteria: Mapping[str, Any],
 ) -> list[str]:
     """What the reward is a product of; τ²'s default is database and communication."""
     return criteria.get("reward_basis") or ["DB", "COMMUNICATE"]
 
-
+# %% ../../nbs/environments/14e_tau2_domains.ipynb #3ae45a76
 def reward_parts(
     service: Tau2Service,
     said: Said,
@@ -299,7 +303,7 @@ def reward_parts(
     if "ACTION" in basis:
         parts["ACTION"] = required_actions(said, criteria.get("actions") or [])
     if "DB" in basis:
-        parts["DB"] = float(service.hash() == gold_hash(service.domain, service.record["id"]))
+        parts["DB"] = float(database_hash(service.toolkits) == gold_hash(service.domain, service.record["id"]))
     if "NL_ASSERTION" in basis or service.judge is not None:
         parts["NL_ASSERTION"] = judged(service.judge, said, criteria.get("nl_assertions") or [])
     return parts
@@ -320,7 +324,7 @@ def gold_replay(
             worked.append(write_call(action["name"], **action["arguments"]))
         except CallError:
             failed += 1
-    return service.hash(), tuple(worked), failed
+    return database_hash(service.toolkits), tuple(worked), failed
 
 
 def gold_hash(domain: str, name: str) -> str:
@@ -337,3 +341,23 @@ def gold_messages(
     information = (data.records[name]["evaluation_criteria"] or {}).get("communicate_info") or []
     spoken = [f"You should know: {'; '.join(information)}."] if information else []
     return [*gold_replay(data.domain, name)[1], *spoken, write_call(ENDS)]
+
+# %% ../../nbs/environments/14e_tau2_domains.ipynb #7281ef61
+class PackagedDesk:
+    """A domain of inspect-evals."""
+
+    def __init__(self, domain: str, judge: LLMClient | None = None):
+        self.data, self.judge = load_domain(domain), judge
+        self.guidelines = self.data.guidelines
+
+    def tasks(self, split: str) -> list[Task]:
+        """The tasks of a split."""
+        return tau2_tasks(self.data, split)
+
+    def service(self, task: Task) -> Tau2Service:
+        """A fresh conversation."""
+        return Tau2Service(self.data, task, self.judge)
+
+    def gold(self, service: Tau2Service) -> list[str]:
+        """The messages of a demonstration."""
+        return gold_messages(self.data, Task("", "", metadata={"tau2_id": service.record["id"]}))

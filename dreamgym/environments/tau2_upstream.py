@@ -14,13 +14,13 @@ from typing import Any
 
 from ..core.data_structures import Task
 from ..core.errors import EnvironmentFailure, MissingExtra
-from .service_session import ENDS, ERROR, Said
+from .service_session import ENDS, ERROR, GUIDELINES, Said
 from .tau2_domains import scenario_text, split_names
 from .tool_calls import CallError, Tool, read_call, text_tool, write_call
 
 # %% auto #0
-__all__ = ['UPSTREAM', 'wants_upstream', 'upstream', 'upstream_records', 'upstream_tasks', 'UpstreamService', 'upstream_messages',
-           'upstream_gold']
+__all__ = ['UPSTREAM', 'wants_upstream', 'upstream', 'upstream_records', 'upstream_tasks', 'UpstreamService', 'upstream_reward',
+           'upstream_messages', 'upstream_gold', 'UpstreamDesk']
 
 # %% ../../nbs/environments/14f_tau2_upstream.ipynb #c1db6c46
 UPSTREAM = "pip install git+https://github.com/sierra-research/tau2-bench  # Python >= 3.12, then set TAU2_DATA_DIR"
@@ -94,22 +94,31 @@ class UpstreamService:
         return Tool(name, schema.get("description", ""), schema["parameters"], run)
 
     def reward(self, said: Said, stopped: bool) -> tuple[float, dict[str, float]]:
-        """Upstream's reward. Raises EnvironmentFailure where its evaluator failed and would score 0."""
-        simulation, evaluator = upstream().simulation, upstream().evaluator
-        reasons = simulation.TerminationReason
-        ended = reasons.AGENT_STOP if said and said[-1][0] != "user" else reasons.USER_STOP
-        why = ended if stopped else reasons.MAX_STEPS
-        run = simulation.SimulationRun.model_construct(
-            id=self.record.id, task_id=self.record.id, termination_reason=why, messages=upstream_messages(said)
-        )
-        kind = evaluator.EvaluationType.ALL
-        info = evaluator.evaluate_simulation(
-            simulation=run, task=self.record, evaluation_type=kind, solo_mode=self.solo, domain=self.domain
-        )
-        if (info.info or {}).get("error"):
-            raise EnvironmentFailure(f"tau2-bench could not judge task {self.record.id}: {info.info['error']}")
-        parts = {str(getattr(k, "value", k)): float(v) for k, v in (info.reward_breakdown or {}).items()}
-        return float(info.reward), parts
+        """Upstream's reward."""
+        return upstream_reward(self, said, stopped)
+
+# %% ../../nbs/environments/14f_tau2_upstream.ipynb #904d56e7
+def upstream_reward(
+    service: UpstreamService,
+    said: Said,
+    stopped: bool,
+) -> tuple[float, dict[str, float]]:  # reward, and its parts by name
+    """Asks upstream's evaluator. Raises EnvironmentFailure where it failed and would score 0."""
+    simulation, evaluator = upstream().simulation, upstream().evaluator
+    reasons, name = simulation.TerminationReason, service.record.id
+    ended = reasons.AGENT_STOP if said and said[-1][0] != "user" else reasons.USER_STOP
+    run = simulation.SimulationRun.model_construct(
+        id=name,
+        task_id=name,
+        termination_reason=ended if stopped else reasons.MAX_STEPS,
+        messages=upstream_messages(said),
+    )
+    about = {"evaluation_type": evaluator.EvaluationType.ALL, "solo_mode": service.solo, "domain": service.domain}
+    info = evaluator.evaluate_simulation(simulation=run, task=service.record, **about)
+    if (info.info or {}).get("error"):
+        raise EnvironmentFailure(f"tau2-bench could not judge task {name}: {info.info['error']}")
+    parts = {str(getattr(k, "value", k)): float(v) for k, v in (info.reward_breakdown or {}).items()}
+    return float(info.reward), parts
 
 # %% ../../nbs/environments/14f_tau2_upstream.ipynb #038a0648
 def upstream_messages(
@@ -149,3 +158,25 @@ def upstream_gold(
     calls = [write_call(action.name, **action.arguments) for action in criteria.actions or []]
     spoken: Sequence[str] = criteria.communicate_info or []
     return [*calls, *([f"You should know: {'; '.join(spoken)}."] if spoken else []), write_call(ENDS)]
+
+# %% ../../nbs/environments/14f_tau2_upstream.ipynb #aa4d0b25
+class UpstreamDesk:
+    """A domain of an installed tau2-bench, which has a judge of its own."""
+
+    guidelines = GUIDELINES
+
+    def __init__(self, domain: str):
+        self.domain = domain
+        upstream_records(domain)  # fails now rather than in the first episode
+
+    def tasks(self, split: str) -> list[Task]:
+        """The tasks of a split."""
+        return upstream_tasks(self.domain, split)
+
+    def service(self, task: Task) -> UpstreamService:
+        """A fresh conversation."""
+        return UpstreamService(self.domain, task)
+
+    def gold(self, service: UpstreamService) -> list[str]:
+        """The messages of a demonstration."""
+        return upstream_gold(service.record)

@@ -9,74 +9,31 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from dreamgym.core.data_structures import (
-    Task,
-)
-from dreamgym.core.errors import (
-    ConfigError,
-)
-from dreamgym.core.llm import (
-    LLMClient,
-)
-from dreamgym.environments.alfworld import (
-    TaskList,
-)
-from dreamgym.environments.base_env import (
-    Environment,
-)
-from dreamgym.environments.desk_rules import (
-    desk_determined,
-    desk_trace,
-    desk_violations,
-)
-from dreamgym.environments.desk_state import (
-    DeskMapper,
-)
-from dreamgym.environments.service_desk import (
-    POLICY,
-    DeskData,
-    ServiceDesk,
-    desk_task,
-    desk_tools,
-    desk_world,
-    expert_call,
-    feasible,
-    replay,
-    vary,
-)
-from dreamgym.environments.service_session import (
-    GUIDELINES,
-    ConversationMapper,
-    Said,
-    ServiceEnv,
-    total_reward,
-)
-from dreamgym.environments.tau2_domains import (
-    Tau2Service,
-    gold_messages,
-    load_domain,
-    tau2_tasks,
-)
-from dreamgym.environments.tau2_upstream import (
-    UpstreamService,
-    upstream_gold,
-    upstream_records,
-    upstream_tasks,
-    wants_upstream,
-)
+from ..core.data_structures import Task
+from ..core.errors import ConfigError
+from ..core.llm import LLMClient
+from .alfworld import TaskList
+from .base_env import Environment
+from .desk_rules import desk_determined, desk_trace, desk_violations
+from .desk_state import DeskMapper
+from .service_desk import desk_task, desk_tools, expert_call, feasible, open_desk, replay, vary
+from .service_session import ConversationMapper, Said, ServiceEnv, total_reward
+from .tau2_domains import PackagedDesk
+from .tau2_upstream import UpstreamDesk, wants_upstream
 
 # %% auto #0
 __all__ = ['DESK_TURNS', 'OFFICIAL_TURNS', 'DeskService', 'build', 'build_desk', 'desk_expert', 'text_client', 'build_official',
-           'next_gold', 'PackagedDesk', 'UpstreamDesk']
+           'next_gold']
 
 # %% ../../nbs/environments/14g_taubench.ipynb #e9382ad9
 class DeskService:
     """One conversation with the embedded desk; a `Service`."""
 
-    policy, plain_ends = POLICY, False
+    plain_ends = False
 
     def __init__(self, task: Task, solo: bool = True):
-        self.task, self.desk = task, ServiceDesk(DeskData.of(desk_world(task.metadata["world"])))
+        self.task, self.desk = task, open_desk(task)
+        self.policy = self.desk.policy
         self.tools = desk_tools(self.desk)
         self.ticket = task.instruction if solo else ""
         self.scenario = f"{task.instruction} You are this customer. You do not know order numbers."
@@ -191,39 +148,3 @@ def next_gold(
 ) -> str:
     """The message of a demonstration at a turn."""
     return messages[min(turn, len(messages) - 1)]
-
-# %% ../../nbs/environments/14g_taubench.ipynb #24948b27
-class PackagedDesk:
-    """Official data of inspect-evals."""
-
-    def __init__(self, domain: str, judge: LLMClient | None):
-        self.data, self.judge = load_domain(domain), judge
-        self.guidelines = self.data.guidelines
-
-    def tasks(self, split: str) -> list[Task]:
-        return tau2_tasks(self.data, split)
-
-    def service(self, task: Task) -> Tau2Service:
-        return Tau2Service(self.data, task, self.judge)
-
-    def gold(self, service: Tau2Service) -> list[str]:
-        return gold_messages(self.data, Task("", "", metadata={"tau2_id": service.record["id"]}))
-
-
-class UpstreamDesk:
-    """An installed tau2-bench, which has a judge of its own."""
-
-    guidelines = GUIDELINES
-
-    def __init__(self, domain: str):
-        self.domain = domain
-        upstream_records(domain)  # fails now rather than in the first episode
-
-    def tasks(self, split: str) -> list[Task]:
-        return upstream_tasks(self.domain, split)
-
-    def service(self, task: Task) -> UpstreamService:
-        return UpstreamService(self.domain, task)
-
-    def gold(self, service: UpstreamService) -> list[str]:
-        return upstream_gold(service.record)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from html import escape
 from itertools import chain
@@ -16,240 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.data_structures import Experience, StepResult, Task, Trajectory
-from ..environments.base_env import Environment, StateMapper
-from ..utils.statistics import Estimate, Hazard, first_violation_hazard, paired_difference, wilson_interval
+from ..core.llm import LLMClient
+from ..environments.base_env import Environment, StateMapper, TranscriptMapper
+from ..utils.statistics import Estimate, Hazard, first_violation_hazard, paired_difference
 from ..utils.widgets import Html
+from .judge import Judged, judge
+from .teacher_forced import CopyNearest, Detection, share, teacher_forced, text_of, violation_kinds
 
-if TYPE_CHECKING:  # these import torch
+if TYPE_CHECKING:
     from dreamgym.models.reasoning_model import ReasoningExperienceModel
-
-Check = Callable[[str, str, str, float, bool], Sequence[str]]  # state, action, next state, reward, terminated
+    from dreamgym.training.teacher_forced import Calibration, Check, TeacherForced
 
 # %% auto #0
-__all__ = ['Check', 'Facts', 'share', 'text_of', 'Detection', 'detect', 'changed_facts', 'facts_f1', 'TeacherForced',
-           'violation_kinds', 'works', 'score_predictions', 'teacher_forced', 'copied', 'copy_nearest', 'dream_steps',
-           'Violation', 'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy', 'RealityGap',
-           'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'change_text', 'beside_real',
-           'html_table', 'FidelityReport', 'turned', 'plain', 'plot_hazard_by_depth']
-
-# %% ../../nbs/training/36_fidelity.ipynb #3c965ca8
-def share(
-    successes: int,  # k
-    n: int,  # may be 0
-) -> Estimate:
-    """Share with Wilson's interval; of nothing, an unknown one."""
-    return wilson_interval(successes, n) if n else Estimate(math.nan, 0.0, 1.0, 0)
-
-
-def text_of(estimate: Estimate) -> str:
-    """An estimate for a table."""
-    return "–" if math.isnan(estimate.value) else str(estimate)
-
-# %% ../../nbs/training/36_fidelity.ipynb #1be13741
-@dataclass(frozen=True, slots=True)
-class Detection:
-    """How well a yes/no question was answered."""
-
-    tp: int
-    fp: int
-    fn: int
-    tn: int
-
-    @property
-    def precision(self) -> Estimate:
-        """Share of predicted positives that are true."""
-        return share(self.tp, self.tp + self.fp)
-
-    @property
-    def recall(self) -> Estimate:
-        """Share of true positives that are predicted."""
-        return share(self.tp, self.tp + self.fn)
-
-
-def detect(
-    predicted: Iterable[bool],  # (n,)
-    true: Iterable[bool],  # (n,)
-) -> Detection:
-    """Counts of agreement."""
-    counts = Counter((bool(p), bool(t)) for p, t in zip(predicted, true, strict=True))
-    return Detection(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
-
-# %% ../../nbs/training/36_fidelity.ipynb #21a45e9f
-Facts = frozenset[tuple[str, str]]  # ('+', fact) and ('-', fact)
-
-
-def changed_facts(
-    mapper: StateMapper,
-    state: str,
-    next_state: str,
-) -> Facts:
-    """Facts that a step adds and removes."""
-    before, after = mapper.facts(state), mapper.facts(next_state)
-    return frozenset([*(("+", f) for f in after - before), *(("-", f) for f in before - after)])
-
-# %% ../../nbs/training/36_fidelity.ipynb #fc98a710
-def facts_f1(
-    predicted: Sequence[Facts],  # (n,)
-    true: Sequence[Facts],  # (n,)
-    clusters: Sequence[str],  # (n,) episode of each step
-) -> Estimate:
-    """F1 of changed facts over all steps."""
-    sums: dict[str, list[int]] = {}
-    for p, t, name in zip(predicted, true, clusters, strict=True):
-        both = sums.setdefault(name, [0, 0])
-        both[0] += 2 * len(p & t)
-        both[1] += len(p) + len(t)
-    table = np.array(list(sums.values()), float).reshape(-1, 2)
-    (hits, size), m = table.sum(0), len(table)
-    if not size:
-        return Estimate(math.nan, 0.0, 1.0, len(true))
-    f1 = float(hits / size)
-    residual = float(((table[:, 0] - f1 * table[:, 1]) ** 2).sum())
-    half = 1.96 * math.sqrt(m / (m - 1) * residual) / float(size) if m > 1 else 1.0
-    return Estimate(f1, max(0.0, f1 - half), min(1.0, f1 + half), len(true))
-
-# %% ../../nbs/training/36_fidelity.ipynb #93453b5c
-@dataclass(frozen=True, slots=True)
-class TeacherForced:
-    """Predictions held against recorded real steps."""
-
-    name: str
-    n: int  # steps
-    exact: Estimate  # next state identical
-    determined: Estimate  # the same, on determined steps
-    facts: Estimate  # F1 of changed facts
-    violating: Estimate  # share of predictions that contradict known facts or rules
-    malformed: Estimate
-    false_alarms: Estimate  # share of the recorded steps themselves that the checker condemns
-    reward: Detection  # positive: a reward
-    terminated: Detection  # positive: the end
-    works: Detection  # positive: the action has an effect
-    kinds: Mapping[str, int]  # violations by kind
-
-    def row(self) -> dict[str, Any]:
-        """One line of a table."""
-        keys = ("exact", "determined", "facts", "violating", "false_alarms", "malformed")
-        columns = {key.replace("_", " "): getattr(self, key) for key in keys}
-        for name in ("reward", "terminated", "works"):
-            detection = getattr(self, name)
-            columns |= {f"{name} precision": detection.precision, f"{name} recall": detection.recall}
-        return {"model": self.name, "steps": self.n} | {key: text_of(value) for key, value in columns.items()}
-
-# %% ../../nbs/training/36_fidelity.ipynb #c6fc3e16
-def violation_kinds(
-    e: Experience,  # predicted
-    check: Check | None,
-) -> list[str]:  # empty: nothing known is contradicted
-    """What is wrong with a prediction."""
-    if not e.valid:
-        return ["malformed"]
-    return list(check(e.state, e.action, e.next_state, e.reward, e.terminated)) if check else []
-
-
-def works(
-    e: Experience,
-    mapper: StateMapper,
-) -> bool:
-    """Whether a step says that its action had an effect."""
-    return e.valid and e.next_state != mapper.merge(e.state, f"fail {e.action}")
-
-# %% ../../nbs/training/36_fidelity.ipynb #599ce6ec
-def score_predictions(
-    predictions: Sequence[Experience],  # (n,)
-    experiences: Sequence[Experience],  # (n,) what really happened
-    mapper: StateMapper,
-    check: Check | None = None,
-    determined: Callable[[Experience], bool] | None = None,  # of a recorded step; None: unknown
-    name: str = "experience model",
-) -> TeacherForced:
-    """Scores of any predictions of recorded steps. Raises ValueError if there is not one for each."""
-    if len(predictions) != len(experiences):
-        raise ValueError(f"{len(predictions)} predictions for {len(experiences)} steps; expected one for each")
-    pairs = list(zip(predictions, experiences, strict=True))
-    same = [p.valid and p.next_state == e.next_state for p, e in pairs]
-    known = [ok for ok, e in zip(same, experiences, strict=True) if determined(e)] if determined else []
-    wrong = [violation_kinds(p, check) for p in predictions]
-    alarms = [check(e.state, e.action, e.next_state, e.reward, e.terminated) for e in experiences] if check else []
-    true = [changed_facts(mapper, e.state, e.next_state) for e in experiences]
-    guessed = [
-        t if ok else changed_facts(mapper, p.state, p.next_state) if p.valid else Facts()
-        for p, ok, t in zip(predictions, same, true, strict=True)
-    ]
-    return TeacherForced(
-        name=name,
-        n=len(pairs),
-        exact=share(sum(same), len(same)),
-        determined=share(sum(known), len(known)),
-        facts=facts_f1(guessed, true, [e.episode_id for e in experiences]),
-        violating=share(sum(map(bool, wrong)), len(wrong) if check else 0),
-        malformed=share(sum(not p.valid for p in predictions), len(pairs)),
-        false_alarms=share(sum(map(bool, alarms)), len(alarms)),
-        reward=detect((p.reward > 0 for p in predictions), (e.reward > 0 for e in experiences)),
-        terminated=detect((p.terminated for p in predictions), (e.terminated for e in experiences)),
-        works=detect((works(p, mapper) for p in predictions), (works(e, mapper) for e in experiences)),
-        kinds=dict(Counter(chain.from_iterable(wrong)).most_common()),
-    )
-
-# %% ../../nbs/training/36_fidelity.ipynb #107ba9e5
-def teacher_forced(
-    model: ReasoningExperienceModel,
-    experiences: Sequence[Experience],  # whole episodes of the real environment, in order
-    check: Check | None = None,  # Environment.verify
-    determined: Callable[[Experience], bool] | None = None,  # of a recorded step
-    batch: int = 256,  # predictions per call
-    name: str = "experience model",
-) -> TeacherForced:
-    """Asks the model, at its own temperature, for every recorded step; retrieval leaves out the step's episode."""
-    from dreamgym.models.experience_sft import training_queries
-
-    queries = training_queries(experiences, model.config.history)
-    predictions: list[Experience] = []
-    for start in range(0, len(queries), batch):
-        predictions += model.predict(queries[start : start + batch])
-    return score_predictions(predictions, experiences, model.mapper, check, determined, name)
-
-# %% ../../nbs/training/36_fidelity.ipynb #244358fa
-def copied(
-    e: Experience,  # the step in question; its outcome is not read
-    neighbour: Experience | None,
-    mapper: StateMapper,
-) -> Experience:  # a prediction
-    """The neighbour's change applied to another state."""
-    origin: dict[str, Any] = {"source": "synthetic", "task_id": e.task_id, "world_id": e.world_id}
-    try:
-        if neighbour is None:
-            raise ValueError("nothing similar is on record")
-        change = mapper.diff(neighbour.state, neighbour.next_state)
-        after = mapper.merge(e.state, f"fail {e.action}" if change.startswith("fail ") else change)
-    except (ValueError, IndexError, KeyError) as error:
-        return Experience(e.state, e.action, 0.0, e.state, False, valid=False, error=str(error), **origin)
-    return Experience(e.state, e.action, neighbour.reward, after, neighbour.terminated, **origin)
-
-# %% ../../nbs/training/36_fidelity.ipynb #b52f84e5
-def copy_nearest(
-    buffer: Any,  # ExperienceReplayBuffer
-    experiences: Sequence[Experience],  # real steps
-    mapper: StateMapper,
-    check: Check | None = None,
-    determined: Callable[[Experience], bool] | None = None,
-    batch: int = 256,  # queries per retrieval
-    name: str = "copy nearest",
-) -> TeacherForced:
-    """The baseline under the same metrics; the neighbour is never of the step's own episode."""
-    from dreamgym.models.experience_sft import training_queries
-
-    queries = training_queries(experiences)
-    near: list[Experience | None] = []
-    for start in range(0, len(queries), batch):
-        chunk = queries[start : start + batch]
-        found = buffer.retrieve(chunk, 1)
-        lost = [i for i, rows in enumerate(found) if not rows]
-        elsewhere = buffer.retrieve([chunk[i] for i in lost], 1, same_world=False)
-        for i, rows in zip(lost, elsewhere, strict=True):
-            found[i] = rows
-        near += [rows[0] if rows else None for rows in found]
-    predictions = [copied(e, n, mapper) for e, n in zip(experiences, near, strict=True)]
-    return score_predictions(predictions, experiences, mapper, check, determined, name)
+__all__ = ['dream_steps', 'Violation', 'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy', 'RealityGap',
+           'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'Drift', 'Divergence',
+           'divergence', 'change_text', 'beside_real', 'html_table', 'FidelityReport', 'report_tables', 'turned',
+           'plain', 'plot_hazard_by_depth', 'plot_divergence', 'plot_calibration', 'measure_fidelity']
 
 # %% ../../nbs/training/36_fidelity.ipynb #8ffe6a73
 def dream_steps(
@@ -463,6 +245,43 @@ def wm2real(
         won += results[-1].success is True
     return Replay(share(won, len(chosen) - aborted), transitions, aborted)
 
+# %% ../../nbs/training/36_fidelity.ipynb #178df854
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Dreams beside reality after the same number of turns."""
+
+    turn: int  # from 1
+    same: Estimate  # share of identical states
+    facts: float  # mean share of facts in common
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """How dreams leave reality."""
+
+    depths: tuple[Drift, ...]
+    transitions: int  # real ones, used for this measurement
+
+
+def divergence(
+    trajectories: Sequence[Trajectory],  # dreams of real tasks
+    env: Environment,
+) -> Divergence:
+    """Plays the dreams' actions for real, as long as both go on."""
+    mapper, transitions = env.mapper or TranscriptMapper(), 0
+    common: dict[int, list[float]] = {}
+    for t in trajectories:
+        dreamt = [*(turn.state for turn in t.turns[1:]), t.final_state]
+        real = real_continuation(env, t.task, [turn.action for turn in t.turns])[1:]
+        transitions += len(real)
+        for turn, (state, result) in enumerate(zip(dreamt, real, strict=False), 1):
+            if result.aborted is None:
+                ours, theirs = mapper.facts(state), mapper.facts(result.state)
+                overlap = len(ours & theirs) / max(1, len(ours | theirs))
+                common.setdefault(turn, []).append(1.0 if state == result.state else min(overlap, 0.999))
+    depths = [Drift(k, share(v.count(1.0), len(v)), float(np.mean(v))) for k, v in sorted(common.items())]
+    return Divergence(tuple(depths), transitions)
+
 # %% ../../nbs/training/36_fidelity.ipynb #974e7f94
 def change_text(
     mapper: StateMapper | None,  # None: the state is the observation
@@ -522,19 +341,17 @@ class FidelityReport:
     on_policy: list[OnPolicy] = field(default_factory=list)  # such as worlds in the buffer, and worlds absent from it
     gap: RealityGap | None = None
     wm2real: Replay | None = None
+    divergence: Divergence | None = None
+    judged: Judged | None = None
     beside: list[dict[str, Any]] = field(default_factory=list)  # rows of `beside_real`
 
     def _repr_html_(self) -> str:
-        kinds = [{"of": m.name} | {k: m.kinds.get(k, 0) for k in self.kinds()} for m in self.measured()]
-        tables = [
-            html_table(turned([m.row() for m in self.teacher_forced]), "Recorded steps, predicted one by one"),
-            html_table(turned([m.row() for m in self.on_policy]), "The policy's own dreams"),
-            html_table([self.gap.row()] if self.gap else [], "The same tasks, dreamt and real"),
-            html_table([self.wm2real.row()] if self.wm2real else [], "Actions that won in a dream, played for real"),
-            html_table(turned(kinds) if self.kinds() else [], "Violations by kind"),
-            html_table(self.beside, "A dream beside the real continuation"),
-        ]
-        return "".join(tables) or "<p>nothing measured</p>"
+        return "".join(report_tables(self)) or "<p>nothing measured</p>"
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(Html(self._repr_html_()), *self.figures())
 
     def __repr__(self) -> str:
         return f"FidelityReport of {', '.join(m.name for m in self.measured()) or 'nothing'}"
@@ -543,26 +360,47 @@ class FidelityReport:
         """All that counted violations."""
         return [*self.teacher_forced, *self.on_policy]
 
-    def kinds(self) -> list[str]:
-        """Names of the violations that occurred, most frequent first."""
-        total: Counter[str] = Counter()
-        for m in self.measured():
-            total.update(m.kinds)
-        return [kind for kind, _ in total.most_common()]
+    def figures(self) -> list[Any]:
+        """Plots of what was measured: hazard and divergence by depth, calibration."""
+        plots = [plot_hazard_by_depth(m, title=m.name) for m in self.on_policy[:1]]
+        plots += [plot_divergence(self.divergence)] if self.divergence and self.divergence.depths else []
+        return plots + [plot_calibration(m.calibration, m.name) for m in self.teacher_forced[:1] if m.calibration]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; unknown numbers are null, of first violations the first 20 are kept."""
         return plain(self)
 
 # %% ../../nbs/training/36_fidelity.ipynb #0420c2be
+def report_tables(report: FidelityReport) -> list[Html]:
+    """The tables of a report; an empty text for each that was not measured."""
+    total: Counter[str] = Counter()
+    for m in report.measured():
+        total.update(m.kinds)
+    kinds = [
+        {"of": m.name} | {kind: m.kinds.get(kind, 0) for kind, _ in total.most_common()} for m in report.measured()
+    ]
+    single = {
+        "The same tasks, dreamt and real": report.gap,
+        "Actions that won in a dream, played for real": report.wm2real,
+        "Grades 0 to 2 by a language model": report.judged,
+    }
+    return [
+        html_table(turned([m.row() for m in report.teacher_forced]), "Recorded steps, predicted one by one"),
+        html_table(turned([m.row() for m in report.on_policy]), "The policy's own dreams"),
+        *(html_table([part.row()] if part else [], title) for title, part in single.items()),
+        html_table(turned(kinds) if total else [], "Violations by kind"),
+        html_table(report.beside, "A dream beside the real continuation"),
+    ]
+
+# %% ../../nbs/training/36_fidelity.ipynb #8eaf446e
 def turned(
-    rows: Sequence[Mapping[str, Any]],  # all with the same columns
+    rows: Sequence[Mapping[str, Any]],  # with the same first column
 ) -> list[dict[str, Any]]:
     """Rows as columns: tables with many numbers and few models read better upright."""
     if not rows:
         return []
-    first, *rest = rows[0]
-    return [{first: key} | {str(row[first]): row[key] for row in rows} for key in rest]
+    first, *rest = dict.fromkeys(key for row in rows for key in row)
+    return [{first: key} | {str(row[first]): row.get(key, "–") for row in rows} for key in rest]
 
 
 def plain(
@@ -598,3 +436,67 @@ def plot_hazard_by_depth(
     axes.set_ylim(0, None)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+# %% ../../nbs/training/36_fidelity.ipynb #9043f3a0
+def plot_divergence(
+    measured: Divergence,
+) -> Any:  # figure
+    """Identical states and facts in common, turn by turn."""
+    from dreamgym.utils.plots import draw_curve, method_colour, new_axes
+
+    turns = [d.turn for d in measured.depths]
+    figure, axes = new_axes("turn", "share in common with reality", "dreams beside reality")
+    draw_curve(axes, turns, [d.same for d in measured.depths], "identical states", method_colour("dream"))
+    axes.plot(turns, [d.facts for d in measured.depths], "--", color=method_colour("real"), label="facts in common")
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_calibration(
+    measured: Mapping[str, Calibration],
+    title: str = "",
+) -> Any:  # figure
+    """What happened against how likely the model found it; the diagonal is right."""
+    from dreamgym.utils.plots import draw_curve, method_colour, new_axes
+
+    figure, axes = new_axes("share of votes", "share of events", title)
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
+    for name, c in measured.items():
+        label = f"{name}, ECE {c.ece:.3f}"
+        draw_curve(axes, [b.said for b in c.bins], [b.happened for b in c.bins], label, method_colour(name))
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+# %% ../../nbs/training/36_fidelity.ipynb #f623e3b7
+def measure_fidelity(
+    model: ReasoningExperienceModel,
+    env: Environment,
+    recorded: Mapping[str, Sequence[Experience]],  # name: whole real episodes, in order
+    dreams: Mapping[str, Sequence[Trajectory]] | None = None,  # name: the policy's dreams, at temperature 1
+    real: Sequence[Trajectory] = (),  # the same policy for real, on the tasks of the first dreams
+    votes: int = 0,  # further samples of each recorded step, for calibration
+    replays: int = 16,  # dreams of the first name whose actions are played for real
+    judge_client: LLMClient | None = None,  # grades these dreams
+) -> FidelityReport:
+    """Everything that can be measured with what is given. Real transitions that it takes are counted in the report."""
+    report, rules = FidelityReport(), (env.verify, env.determined)
+    baseline = CopyNearest(model.buffer, model.mapper) if model.buffer is not None else None
+    for name, rows in recorded.items():
+        found = teacher_forced(model, rows, *rules, name=f"experience model, {name}", votes=votes)
+        report.teacher_forced.append(found)
+        if baseline:
+            report.teacher_forced.append(teacher_forced(baseline, rows, *rules, name=f"copy nearest, {name}"))
+    groups = dreams or {}
+    if env.verify:
+        report.on_policy = [on_policy(played, env.verify, name) for name, played in groups.items()]
+    first = next(iter(groups.values()), [])
+    report.gap = reality_gap(first, real) if real else None
+    chosen = [t for t in first if t.task.source == "real" and t.turns and t.aborted is None][:replays]
+    if chosen:
+        report.wm2real, report.divergence = wm2real(chosen, env), divergence(chosen, env)
+        report.beside = beside_real(chosen[0], env)
+        if judge_client:
+            report.judged = judge([list(dream_steps(t)) for t in chosen], judge_client, model.mapper)
+    return report

@@ -19,8 +19,8 @@ from dreamgym.environments.base_env import make_environment
 from dreamgym.environments.offline import Behaviour, record
 from dreamgym.models.experience_sft import encode_examples, train_on_examples
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
-from dreamgym.training.fidelity import household_determined, teacher_forced
 from dreamgym.training.preparation import environment_texts, experience_model, record_offline, training_tasks
+from dreamgym.training.teacher_forced import teacher_forced
 
 OPTIONS = {"Lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False}}
 
@@ -66,7 +66,7 @@ def main() -> None:
             train_on_examples(LanguageModel(trial, tokenizer), examples, 30)
             steps = int(arguments.cpu_seconds / ((time.process_time() - start) / 30))
             losses = train_on_examples(language_model, examples, steps, lr=lr)
-            score = teacher_forced(dreamer, steps_real, env.verify, household_determined)
+            score = teacher_forced(dreamer, steps_real, env.verify, env.determined)
             reward = f"{score.reward.precision.value:.2f}/{score.reward.recall.value:.2f}"
             print(
                 f"{family:8} {lr:<7g} {language_model.parameters:>6} {steps:>6}  {sum(losses[-50:]) / 50:.4f}"

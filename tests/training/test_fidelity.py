@@ -13,28 +13,38 @@ from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModel
 from dreamgym.core.data_structures import Experience, Task, Trajectory, Turn
 from dreamgym.core.llm import Reply
 from dreamgym.environments.base_env import make_environment
+from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.household_rules import expected_state, is_determined, judge, reasoning_trace, violations
 from dreamgym.environments.household_state import parse_state
 from dreamgym.environments.offline import EXPERT, RANDOM, Behaviour, record
+from dreamgym.models.experience_sft import training_queries
 from dreamgym.models.reasoning_model import ReasoningExperienceModel, render_target
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
 from dreamgym.training.fidelity import (
-    Detection,
     FidelityReport,
     beside_real,
-    changed_facts,
-    copied,
-    copy_nearest,
-    detect,
-    facts_f1,
+    divergence,
     html_table,
+    measure_fidelity,
     on_policy,
     plot_hazard_by_depth,
     reality_gap,
-    score_predictions,
-    teacher_forced,
     wm2real,
 )
+from dreamgym.training.teacher_forced import (
+    CopyNearest,
+    Detection,
+    calibration,
+    changed_facts,
+    chrf,
+    copied,
+    detect,
+    facts_f1,
+    score_predictions,
+    teacher_forced,
+    variety,
+)
+
 
 def determined(e):
     return is_determined(e.state, e.action)
@@ -204,7 +214,7 @@ def test_copy_nearest_never_sees_the_own_episode(env, real):
             asked.extend(zip(queries, found, strict=True))
             return found
 
-    scores = copy_nearest(Watched(), real[:300], env.mapper, violations, determined)
+    scores = teacher_forced(CopyNearest(Watched(), env.mapper), real[:300], violations, determined)
     assert {query.exclude_episode for query, _ in asked} == {row.episode_id for row in real[:300]}
     assert all(row.episode_id != query.exclude_episode for query, rows in asked for row in rows)
     assert scores.n == 300 and 0 < scores.exact.value < 0.9 and scores.false_alarms.value == 0
@@ -215,17 +225,62 @@ def test_copy_nearest_prefers_the_same_world_and_falls_back(env, real):
     elsewhere = replace(one, world_id="far away", episode_id="other")
     buffer = ExperienceReplayBuffer(BufferConfig())
     buffer.add_many([elsewhere])
-    assert copy_nearest(buffer, [one], env.mapper).exact.value == 1  # copied from another world
-    empty = copy_nearest(ExperienceReplayBuffer(BufferConfig()), [one], env.mapper)
+    assert teacher_forced(CopyNearest(buffer, env.mapper), [one]).exact.value == 1  # copied from another world
+    empty = teacher_forced(CopyNearest(ExperienceReplayBuffer(BufferConfig()), env.mapper), [one])
     assert empty.malformed.value == 1 and empty.exact.value == 0
 
 
 def test_a_change_that_does_not_fit_is_malformed_not_raised(env, real):
     pairs = random.Random(0).choices(range(len(real)), k=2000)
-    copies = [copied(real[i], real[j], env.mapper) for i, j in zip(pairs[::2], pairs[1::2], strict=True)]
+    queries = training_queries(real)
+    copies = [copied(queries[i], real[j], env.mapper) for i, j in zip(pairs[::2], pairs[1::2], strict=True)]
     assert {c.valid for c in copies} == {True, False}
     assert all(c.error for c in copies if not c.valid)
     assert all(c.reward == 0 and not c.terminated for c in copies if not c.valid)
+
+
+def test_the_baseline_can_be_dreamt_in(env, real):
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    buffer.add_many(real)
+    first = next(row for row in real if row.turn == 0)
+    batch = DreamEnv(CopyNearest(buffer, env.mapper), 1, env.max_turns)
+    batch.reset([0], [Task(first.task_id, first.instruction, world_id=first.world_id, initial_state=first.state)])
+    (result,) = batch.step([0], [first.action])
+    assert result.aborted is None and result.state
+
+
+# ---- text and calibration
+
+
+def test_chrf_is_that_of_sacrebleu():
+    said = ["desk 1: -mug 1\nhold: mug 1", "fail", "at: shelf 1\nshelf 1: nothing"]
+    true = ["hold: mug 1\ndesk 1: -mug 1", "fail", "at: shelf 1\nshelf 1: mug 2, pen 1"]
+    assert math.isclose(100 * chrf(said, true), 72.91022966446661)  # sacrebleu.corpus_chrf(said, [true]), 2.6.0
+    assert chrf(["x"], ["abc"]) == 0 and math.isnan(chrf(["", ""], ["", "a"]))
+
+
+def test_variety_is_between_the_same_and_all_different():
+    assert variety(["a b c"] * 50) == 2 / 100 and variety(["a b", "c d"]) == 1
+
+
+def test_calibration_of_honest_and_of_sure_probabilities():
+    rng = np.random.default_rng(0)
+    p = rng.choice([0.05, 0.35, 0.65, 0.95], 20_000)
+    y = rng.random(20_000) < p
+    honest, sure = calibration(p, y), calibration(p > 0.5, y)
+    assert honest.ece < 0.02 < 0.15 < sure.ece and sum(b.n for b in honest.bins) == honest.n == 20_000
+    assert honest.brier < sure.brier and math.isclose(sure.brier, np.mean((p > 0.5) != y))
+    assert calibration([1.0, 0.0], [True, False]).ece == 0
+
+
+def test_calibration_asks_for_further_samples(env, real):
+    model = oracle_model(env, real[:40])
+    model.client.answers += [text for text in model.client.answers for _ in range(3)]
+    scores = teacher_forced(model, real[:40], violations, determined, votes=3)
+    assert {k: (c.ece, c.n) for k, c in scores.calibration.items()} == dict.fromkeys(
+        ("reward", "terminated", "works"), (0, 40)
+    )
+    assert scores.chrf == 1 and scores.variety[0] == scores.variety[1] > 0
 
 
 # ---- on-policy
@@ -367,11 +422,9 @@ def test_a_dream_that_goes_on_after_the_real_end(env):
 def test_report_is_escaped_and_json_ready(env, real):
     hostile = Experience("<img src=x>", "<script>alert(1)</script>", 0.0, "", False)
     rows = [{"turn": 0, "action": hostile.action, "dream": "a\nb", "agree": False}]
-    scores = teacher_forced(
-        oracle_model(env, real[:50]), real[:50], violations, determined, name="<b>model</b>"
-    )
+    scores = teacher_forced(oracle_model(env, real[:50]), real[:50], violations, determined, name="<b>model</b>")
     seen = on_policy([dream(None, [FIRST, FIRST], [hostile.action])] * 30, lambda *step: ["<i>bad</i>"])
-    report = FidelityReport([scores], [seen], None, None, rows)
+    report = FidelityReport([scores], [seen], beside=rows)
     html = report._repr_html_()
     assert "&lt;script&gt;" in html and "&lt;b&gt;model" in html and "&lt;i&gt;bad" in html
     assert not any(tag in html for tag in ("<script", "<img", "<b>model", "<i>"))
@@ -380,6 +433,43 @@ def test_report_is_escaped_and_json_ready(env, real):
     assert stored["on_policy"][0]["hazard"]["violations"] == 30 and len(stored["on_policy"][0]["first"]) == 20
     assert stored["teacher_forced"][0]["exact"]["n"] == 50 and stored["gap"] is None
     assert html_table([]) == ""
+
+
+def test_divergence_counts_turn_by_turn(env, real):
+    """Real episodes do not diverge; one state that is changed on the way does, at that turn only."""
+    tasks = {task.id: task for task in env.tasks("train")[:40]}
+    episodes = {}
+    for row in real:
+        if row.policy == "expert" and row.task_id in tasks and "expert" in row.episode_id:
+            episodes.setdefault(row.episode_id, []).append(row)
+    chosen = [e for e in episodes.values() if len(e) > 4][:5]
+    dreams = [as_dream(e, tasks[e[0].task_id]) for e in chosen]
+    found = divergence(dreams, env)
+    assert all(d.same.value == d.facts == 1 for d in found.depths) and found.transitions == sum(map(len, chosen))
+    dreams[0].turns[2] = replace(dreams[0].turns[2], state=env.mapper.merge(dreams[0].turns[2].state, "hold: spoon 99"))
+    at = [d for d in divergence(dreams, env).depths if d.same.value < 1]
+    assert [(d.turn, d.same.value) for d in at] == [(2, 4 / 5)] and 0.9 < at[0].facts < 1
+
+
+def test_one_call_measures_all_that_is_given(env, real):
+    tasks = {task.id: task for task in env.tasks("train")[:40]}
+    episodes = {}
+    for row in real:
+        episodes.setdefault(row.episode_id, []).append(row)
+    dreams = [as_dream(e, tasks[e[0].task_id]) for e in list(episodes.values())[:6]]
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    buffer.add_many(real[:200])
+    config = ReasoningModelConfig(history=0)
+    model = ReasoningExperienceModel(config, Oracle(real[:50], env.mapper), buffer, env.mapper)
+    model.demos = lambda queries: [[] for _ in queries]
+    real_side = [replace(t, source="real") for t in dreams]
+    report = measure_fidelity(model, env, {"seen": real[:50]}, {"policy": dreams}, real_side, replays=3)
+    assert [m.name for m in report.teacher_forced] == ["experience model, seen", "copy nearest, seen"]
+    assert report.on_policy[0].hazard.violations == 0 and report.gap.gap.value == 0
+    assert report.wm2real.success.value == 1 and report.divergence.depths[0].same.n == 3 and report.beside
+    html = report._repr_html_()
+    assert all(title in html for title in ("Recorded steps", "own dreams", "dreamt and real", "played for real"))
+    assert len(report.figures()) == 2 and json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_plot_bins_add_up():

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -161,7 +161,7 @@ def desk_tools(
 ) -> dict[str, Tool]:  # name -> tool
     """The desk's nine tools."""
     order, cancelled = "such as 'order 12'", {"outcome": "cancelled", "status": "pending"}
-    about = {
+    about: dict[str, tuple[str, Callable[..., Any], dict[str, str]]] = {
         "cancel": ("Cancels a pending order.", lambda order: handle(desk, order, **cancelled), {}),
         "move": ("Sends a pending order elsewhere.", partial(move, desk), {"address": "such as 'address 7'"}),
         "refund": ("Takes a delivered order back.", partial(refund, desk), {"payment": "such as 'card 2'"}),

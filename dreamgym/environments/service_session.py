@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'Said', 'JUDGE', 'STOPS', 'GREETING', 'GUIDELINES', 'ENDS', 'ERROR', 'NOBODY', 'Service', 'total_reward',
            'communicated', 'is_call', 'judged', 'customer_request', 'stops', 'Session', 'listen', 'open_session',
-           'first_result', 'turn_result', 'ServiceEnv', 'ConversationMapper']
+           'first_result', 'turn_result', 'Sessions', 'ServiceEnv', 'ConversationMapper']
 
 # %% ../../nbs/environments/14d_service_session.ipynb #795ab612
 Said = Sequence[tuple[str, str]]  # ('agent' | 'user' | 'tool', text), in order
@@ -232,7 +232,7 @@ def turn_result(
     mapper: StateMapper | None,
     max_turns: int,
 ) -> StepResult:
-    """The answer to an action; an episode that cannot go on or be judged is aborted. Raises LLMError for a dead judge."""
+    """The answer to an action; what cannot go on or be judged is aborted. Raises LLMError for a dead judge."""
     try:
         if isinstance(answer, EnvironmentFailure):
             raise answer
@@ -253,7 +253,25 @@ def turn_result(
     return StepResult(session.state, answer, reward, terminated, late, success, None, offered, info)
 
 # %% ../../nbs/environments/14d_service_session.ipynb #3f4750c6
-class ServiceEnv:
+class Sessions:
+    """Slots with one conversation each."""
+
+    def __init__(self, slots: int):
+        self._sessions: list[Session | None] = [None] * slots
+
+    def session(self, slot: int) -> Session:
+        """The conversation in a slot, for experts and checkers; a policy must not see it."""
+        session = self._sessions[slot]
+        if session is None or session.ended:
+            raise ValueError(f"slot {slot} has no conversation that goes on; call reset first")
+        return session
+
+    def close(self) -> None:
+        """Forgets all conversations."""
+        self._sessions = [None] * len(self._sessions)
+
+# %% ../../nbs/environments/14d_service_session.ipynb #b5cc4a23
+class ServiceEnv(Sessions):
     """`BatchEnv` of service conversations, any number at once."""
 
     def __init__(
@@ -265,7 +283,7 @@ class ServiceEnv:
         customer: LLMClient | None = None,  # plays the customers of tasks without a ticket
         guidelines: str = GUIDELINES,  # for the customer
     ):
-        self._sessions: list[Session | None] = [None] * slots
+        super().__init__(slots)
         self._service_of, self._max_turns, self._mapper = service_of, max_turns, mapper
         self._customer, self._guidelines = customer, guidelines
 
@@ -290,17 +308,6 @@ class ServiceEnv:
         heard = [next(words) if answer is None else answer for answer in answers]
         turns = zip(sessions, actions, heard, strict=True)
         return [turn_result(*turn, self._mapper, self._max_turns) for turn in turns]
-
-    def close(self) -> None:
-        """Forgets all conversations."""
-        self._sessions = [None] * len(self._sessions)
-
-    def session(self, slot: int) -> Session:
-        """The conversation in a slot, for experts and checkers; a policy must not see it."""
-        session = self._sessions[slot]
-        if session is None or session.ended:
-            raise ValueError(f"slot {slot} has no conversation that goes on; call reset first")
-        return session
 
 # %% ../../nbs/environments/14d_service_session.ipynb #3448d707
 class ConversationMapper:

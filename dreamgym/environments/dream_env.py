@@ -26,12 +26,16 @@ class _Dream:
 
     task: Task
     state: str
+    number: int = 0  # among the dreams of its environment
     turn: int = 0
     history: list[tuple[str, str]] = field(default_factory=list)  # (state, action) pairs, oldest first
 
-    def query(self, action: str, keep: int) -> Query:
+    def query(self, action: str, keep: int, seed: int = 0) -> Query:
         """What happens if `action` is done now? Shows the last `keep` pairs of the history."""
-        return Query(self.state, action, self.task, tuple(self.history[-keep:] if keep else ()))
+        from dreamgym.core.generators import derive_seed
+
+        past = tuple(self.history[-keep:] if keep else ())
+        return Query(self.state, action, self.task, past, sample=derive_seed(seed, self.number, self.turn))
 
     def advance(self, e: Experience) -> None:
         """Takes over what was predicted."""
@@ -75,26 +79,24 @@ def first_state(task: Task) -> str:
 class DreamEnv:
     """`BatchEnv` whose steps are predictions of an experience model; `max_turns` is the real environment's."""
 
-    def __init__(self, model: ReasoningExperienceModel, slots: int, max_turns: int):
-        self.model, self.max_turns = model, max_turns
+    def __init__(self, model: ReasoningExperienceModel, slots: int, max_turns: int, seed: int = 0):
+        self.model, self.max_turns, self.seed, self._begun = model, max_turns, seed, 0
         self._dreams: list[_Dream | None] = [None] * slots
 
     def reset(
         self, slots: Sequence[int], tasks: Sequence[Task], seeds: Sequence[int] | None = None
     ) -> list[StepResult]:
-        """Starts dreams. Raises ConfigError for a task without a recorded first state.
-
-        Seeds change nothing: a dream's randomness is that of the model's sampler.
-        """
+        """Starts dreams; seeds change nothing. Raises ConfigError for a task without a recorded first state."""
         for slot, task in zip(slots, tasks, strict=True):
-            self._dreams[slot] = _Dream(task, first_state(task))
+            self._dreams[slot] = _Dream(task, first_state(task), self._begun)
+            self._begun += 1
         actions = self.model.mapper.admissible_actions
         return [StepResult(state, admissible_actions=actions(state)) for state in map(first_state, tasks)]
 
     def step(self, slots: Sequence[int], actions: Sequence[str]) -> list[StepResult]:
         """One batched prediction for all named slots."""
         dreams, keep, mapper = [self._running(slot) for slot in slots], self.model.config.history, self.model.mapper
-        experiences = self.model.predict([d.query(a, keep) for d, a in zip(dreams, actions, strict=True)])
+        experiences = self.model.predict([d.query(a, keep, self.seed) for d, a in zip(dreams, actions, strict=True)])
         for dream, experience in zip(dreams, experiences, strict=True):
             dream.advance(experience)
         results = [dream_result(e, d.turn >= self.max_turns, mapper) for d, e in zip(dreams, experiences, strict=True)]

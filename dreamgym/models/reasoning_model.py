@@ -36,6 +36,7 @@ class Query:
     task: Task
     history: tuple[tuple[str, str], ...] = ()  # earlier (state, action) pairs, oldest first
     exclude_episode: str = ""  # at training time: the target's own episode, never retrieved
+    sample: int = 0  # equal questions with other samples get answers of their own from a served model
 
     @property
     def world_id(self) -> str:
@@ -302,7 +303,8 @@ class ExperienceVotes(ExperiencePrompts):
         if config.instructed:
             system, schema = instructions(config.reasoning), step_schema(config.reasoning)
         form = (system, config.max_new_tokens, config.temperature)
-        requests = [Request(prompt, *form, sample, schema) for prompt in self.prompts(queries) for sample in samples]
+        asked = list(zip(queries, self.prompts(queries), strict=True))
+        requests = [Request(prompt, *form, query.sample + i, schema) for query, prompt in asked for i in samples]
         replies = iter(self.client.complete(requests) if requests else [])
         return [[self.checked(query, next(replies)) for _ in samples] for query in queries]
 

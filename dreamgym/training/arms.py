@@ -22,7 +22,8 @@ from torch import Tensor
 from ..core.config import Config
 from ..core.data_structures import Task, Trajectory, episode_row
 from ..core.errors import CheckpointError, ConfigError
-from ..core.generators import TransformersGenerator
+from ..core.generators import TransformersGenerator, derive_seed
+from ..core.ledger import summary
 from ..core.llm import LLMClient
 from ..environments.base_env import Environment
 from ..environments.dream_env import DreamEnv
@@ -30,7 +31,7 @@ from ..models.curriculum_generator import CurriculumTaskGenerator
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import RunDir, truncate_file
-from . import checkpoints
+from . import checkpoints, scale
 from .advantages import Estimator
 from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
@@ -40,20 +41,18 @@ from .play import evaluate_policy, play_settings
 from .policy import Policy
 from .ppo import FiniteGuard, PPOSettings, bare, make_batch, ppo_update
 from .rollout import rollout, rollout_metrics
-from .scale import autocast, from_main, gather_weights, is_main, is_spread, lora_layers
-from .scale import share_of, spread, trainable
-
-log = logging.getLogger(__name__)
+from .scale import autocast, from_main, gather_weights, is_main, lora_layers, share_of, trainable
 
 # %% auto #0
 __all__ = ['log', 'GROUPED', 'OFFLINE', 'Prepared', 'ArmLoop', 'group_size', 'affordable', 'finished', 'make_curriculum',
            'task_writer', 'dreams_of_success', 'check_algorithm', 'check_curriculum', 'make_optimizer',
            'start_arm_loop', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration',
-           'play_iteration', 'sample_tasks', 'collect', 'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups',
-           'over_ranks', 'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm', 'save_stopped',
-           'best_policy']
+           'play_iteration', 'sample_tasks', 'collect', 'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo',
+           'learn_in_groups', 'over_ranks', 'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm',
+           'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
+log = logging.getLogger(__name__)
 GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
 OFFLINE = ("sft", "dpo")  # need none
 
@@ -71,8 +70,8 @@ class Prepared:
 
     @property
     def real_transitions(self) -> int:
-        """All real transitions that the experience model was trained on."""
-        return self.counts["offline"] + self.counts["cloned"]
+        """All real transitions that the experience model has seen; a reset without any counts as one."""
+        return self.counts["offline"] + self.counts["cloned"] + self.counts.get("resets", 0)
 
     @property
     def clone_transitions(self) -> int:
@@ -100,12 +99,9 @@ class ArmLoop:
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     trackers: Sequence[Any] = ()  # accelerate's, besides the run's own files
     whole: bool = True  # weights, counters and metrics are those of `iteration`; False in the middle of an update
-    curriculum: CurriculumTaskGenerator = field(init=False)  # rank 0's counts
+    curriculum: CurriculumTaskGenerator = field(init=False)  # that of rank 0 counts
     known: dict[str, Any] = field(default_factory=dict)  # the curriculum's state after `iteration`
     twin: Policy | None = None  # on rank 0, the whole of a policy that is spread over ranks
-
-    def __post_init__(self) -> None:
-        self.curriculum = make_curriculum(self)
 
     @property
     def player(self) -> Policy:
@@ -164,7 +160,7 @@ def dreams_of_success(
 ) -> list[bool]:  # whether the policy solved the task in a dream
     """Plays each task `curriculum.trials` times in the dream."""
     trials = loop.config.curriculum.trials
-    dreams = collect(loop, "dream", [task for task in tasks for _ in range(trials)])
+    dreams = collect(loop, "dream", [task for task in tasks for _ in range(trials)], part=1)
     won = [bool(dream.success) for dream in dreams]
     return [any(won[i : i + trials]) for i in range(0, len(won), trials)]
 
@@ -208,7 +204,7 @@ def make_optimizer(
     groups = [{"params": params, "lr": lr} for params, lr in rates]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
-
+# %% ../../nbs/training/36a_arms.ipynb #d90b7a04
 def start_arm_loop(
     config: Config, ready: Prepared, arm: str, device: str, run: RunDir, accelerator: Any = None, trackers: Any = ()
 ) -> ArmLoop:
@@ -216,7 +212,7 @@ def start_arm_loop(
     policy = trainable(ready.policy, config.policy_model, config.training.seed)
     reference = None if config.policy_model.lora_rank else copy.deepcopy(ready.policy)
     loop = ArmLoop(config, ready, arm, device, run, policy, reference, make_optimizer(policy, config), accelerator)
-    loop.trackers = trackers
+    loop.trackers, loop.curriculum = trackers, make_curriculum(loop)
     found = newest_checkpoint(loop.checkpoints)
     if found:
         state = load_arm(loop, *found)
@@ -234,9 +230,9 @@ def wrap(
     loop: ArmLoop,  # changed in place
 ) -> None:
     """Makes policy, optimiser and reference those of several ranks."""
-    if is_spread(loop.accelerator):
+    if scale.is_spread(loop.accelerator):
         loop.twin = copy.deepcopy(loop.policy) if is_main(loop.accelerator) else None
-        loop.reference = spread(loop.reference, loop.accelerator) if loop.reference else None
+        loop.reference = scale.spread(loop.reference, loop.accelerator) if loop.reference else None
     if loop.accelerator is not None:
         loop.policy, loop.optimizer = loop.accelerator.prepare(loop.policy, loop.optimizer)
 
@@ -312,12 +308,14 @@ def run_iteration(
     start, number = time.monotonic(), loop.iteration + 1
     seed = loop.config.training.seed * 100_003 + number
     torch.manual_seed(seed)
-    where, (dreams, games) = loop.where, from_main(lambda: play_iteration(loop), loop.accelerator)
+    before, where = experience_counts(loop), loop.where
+    dreams, games = from_main(lambda: play_iteration(loop), loop.accelerator)
     trajectories, rolled, learned = dreams + games, time.monotonic(), loop.curriculum.state_dict()
     metrics = rollout_metrics(trajectories)
     counted = loop.real_transitions + sum(len(t.turns) for t in games)
     row: dict[str, Any] = {"iteration": number, "rollout/source": where, "rollout/n": metrics["episodes"]}
     row |= {f"rollout/{key}": value for key, value in metrics.items()} | loop.curriculum.metrics()
+    row |= {f"dream/{key}": n - before.get(key, 0) for key, n in experience_counts(loop).items() if dreams}
     loop.whole = False
     row |= update_policy(loop, trajectories, seed) | {"rollout/real_transitions": counted}
     row |= {"time/rollout": rolled - start, "time/update": time.monotonic() - rolled}
@@ -361,21 +359,32 @@ def collect(
     loop: ArmLoop,
     where: str,  # 'dream' or 'real'
     tasks: Sequence[Task],
+    part: int = 0,  # of the iteration; other parts draw other samples of a served model
 ) -> list[Trajectory]:
     """Episodes of the current policy at the training temperature."""
     if not tasks:
         return []
-    rl, slots = loop.config.rl, min(128, len(tasks))
+    rl, slots = loop.config.rl, min(loop.ready.env.max_slots if where == "real" else 128, len(tasks))
     env: Any = loop.ready.env.make(slots) if where == "real" else None
     if where == "dream":
         assert loop.ready.model is not None
-        env = DreamEnv(loop.ready.model, slots, loop.ready.env.max_turns)
+        seed = derive_seed(loop.config.training.seed, loop.iteration, part)
+        env = DreamEnv(loop.ready.model, slots, loop.ready.env.max_turns, seed)
     penalty = {"invalid_action_penalty": rl.invalid_action_penalty, "source": where}
     settings = play_settings(loop.config.policy_model, slots, temperature=rl.temperature, **penalty)
     generator = TransformersGenerator(loop.player.language_model)
     generator.sync(loop.player.model, loop.iteration)
     with autocast(loop.accelerator):
         return rollout(generator, env, tasks, loop.player.codec, settings)
+
+# %% ../../nbs/training/36a_arms.ipynb #355e58b5
+def experience_counts(loop: ArmLoop) -> dict[str, float]:
+    """Predictions and what was wrong with them; calls, tokens, faults and cost of a served model."""
+    model = loop.ready.model
+    names = ("predictions", "malformed", "refused", "unanswered", "redrawn") if model is not None else ()
+    ledger = getattr(getattr(model, "client", None), "ledger", None)
+    calls = {f"llm_{name}": value for name, value in summary(ledger).items()} if ledger else {}
+    return {name: getattr(model, name) for name in names} | calls
 
 # %% ../../nbs/training/36a_arms.ipynb #bca60079
 def update_policy(
@@ -395,7 +404,7 @@ def update_policy(
         learn = learn_ppo if rl.algorithm == "ppo" else learn_in_groups
         metrics = over_ranks(learn(loop, share_of(usable, loop.accelerator)), loop.accelerator)
     loop.policy.eval()
-    if is_spread(loop.accelerator):
+    if scale.is_spread(loop.accelerator):
         gather_weights(loop.policy, loop.twin)
     return metrics
 
@@ -540,7 +549,7 @@ def save_stopped(
     """What can be kept of an arm that was told to stop."""
     manifest = loop.checkpoints / manifest_name(loop.iteration)
     started = loop.iteration > 0 and (loop.run.path / "episodes.jsonl").is_file()
-    alone = is_main(loop.accelerator) and not is_spread(loop.accelerator)  # no other rank is needed
+    alone = is_main(loop.accelerator) and not scale.is_spread(loop.accelerator)  # no other rank is needed
     if loop.whole and started and alone and not manifest.is_file():
         save_arm(loop)
 

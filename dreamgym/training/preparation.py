@@ -5,9 +5,12 @@
 # %% ../../nbs/training/35a_preparation.ipynb #61fec51c
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +20,16 @@ from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, proje
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError
 from ..core.generators import TransformersGenerator
-from ..core.llm import GeneratorClient
+from ..core.llm import GeneratorClient, LLMClient
+from ..core.served import ServedClient, served_client
 from ..environments.base_env import Environment
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
 from ..environments.offline_readers import read_trajectories
+from ..models.annotation import AnnotationReport, annotate
 from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
 from ..models.reasoning_model import ReasoningExperienceModel, reward_line
 from ..models.replay_buffer import ExperienceReplayBuffer
+from ..utils.tracking import write_json
 from .baselines import CloningReport, clone, demonstrations
 from .policy import Policy, make_codec
 from .rollout import RolloutConfig, rollout
@@ -31,9 +37,10 @@ from .rollout import RolloutConfig, rollout
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'BEHAVIOURS', 'training_tasks', 'record_offline', 'offline_data', 'with_initial_states', 'environment_texts',
-           'make_language_model', 'agent_texts', 'make_policy', 'clone_policy', 'cloning_examples',
-           'demonstration_rows', 'cloned_rollouts', 'experience_model', 'train_experience_model']
+__all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'training_tasks', 'record_offline', 'offline_data', 'with_states',
+           'with_initial_states', 'environment_texts', 'make_language_model', 'agent_texts', 'make_policy',
+           'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts', 'experience_model',
+           'train_experience_model', 'check_served', 'open_client', 'keep_ledger', 'explained', 'first_texts']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -69,25 +76,27 @@ def offline_data(
     config: Config,
     tasks: Sequence[Task],
 ) -> list[Experience]:
-    """Recorded now (`auto`), or read from the user's files. Raises ConfigError for null (synthetic only)."""
+    """Recorded now (`auto`), read from the user's files, or none (null: synthetic only)."""
     where = config.environment.offline_data
-    if where is None:
-        raise ConfigError(
-            "environment.offline_data is null (synthetic only): this needs a prompted LLM as experience model; "
-            "set it to 'auto', or to a file of recorded experiences"
-        )
     if where == "auto":
         return record_offline(env, tasks, config.training.seed)
-    return read_trajectories(project_path(where))[0]
+    return read_trajectories(project_path(where))[0] if where else []
 
 # %% ../../nbs/training/35a_preparation.ipynb #0ea17359
+def with_states(
+    tasks: Iterable[Task],
+    states: Mapping[str, str],  # by task id
+) -> list[Task]:  # those whose first state is known
+    """Gives each task its first state."""
+    return [replace(task, initial_state=states[task.id]) for task in tasks if task.id in states]
+
+
 def with_initial_states(
     tasks: Iterable[Task],
     experiences: Iterable[Experience],
 ) -> list[Task]:  # tasks whose first state is on record
     """Gives each task the first state that was recorded for it; tasks without one are left out."""
-    first = {e.task_id: e.state for e in experiences if e.turn == 0}
-    return [replace(task, initial_state=first[task.id]) for task in tasks if task.id in first]
+    return with_states(tasks, {e.task_id: e.state for e in experiences if e.turn == 0})
 
 # %% ../../nbs/training/35a_preparation.ipynb #cb4ef6eb
 def environment_texts(
@@ -205,14 +214,14 @@ def cloned_rollouts(
 
 # %% ../../nbs/training/35a_preparation.ipynb #2cb9dd66
 def experience_model(
-    language_model: lm.LanguageModel,
+    language_model: lm.LanguageModel | LLMClient,  # of this process, or a client of a served one
     buffer: ExperienceReplayBuffer,
     env: Environment,
     config: Config,
 ) -> ReasoningExperienceModel:
-    """The reasoning experience model around a language model in this process."""
-    client = GeneratorClient(language_model)
-    return ReasoningExperienceModel(config.reasoning_model, client, buffer, env.mapper, config.buffer)
+    """The reasoning experience model around a language model."""
+    client = GeneratorClient(language_model) if isinstance(language_model, lm.LanguageModel) else language_model
+    return ReasoningExperienceModel(config.reasoning_model, client, buffer, env.mapper, config.buffer, env.verify)
 
 # %% ../../nbs/training/35a_preparation.ipynb #734cad56
 def train_experience_model(
@@ -240,3 +249,70 @@ def train_experience_model(
         config.training.seed,
         on_step,
     )
+
+# %% ../../nbs/training/35a_preparation.ipynb #c4ca7c99
+def check_served(
+    section: ReasoningModelConfig,
+    offline_data: str | None,  # of the environment section
+) -> None:
+    """Raises ConfigError for what only a served model can do."""
+    asked = {
+        "environment.offline_data null (synthetic only)": offline_data is None and not section.instructed,
+        "reasoning_model.annotation: llm": section.annotation == "llm" and section.provider == "local",
+        "reasoning_model.prompted": section.instructed and section.name == "scratch",
+    }
+    for name, missing in asked.items():
+        if missing:
+            raise ConfigError(
+                f"{name} needs a language model that follows instructions, and the experience model is "
+                f"reasoning_model.name={section.name!r} of this process; set reasoning_model.provider to 'openai' or "
+                "'anthropic', with name and base_url, or leave it at its default"
+            )
+
+# %% ../../nbs/training/35a_preparation.ipynb #0df450ac
+LEDGER = "ledger.json"
+COUNTED = ("requests", "cached", "calls", "prompt_tokens", "completion_tokens", "lost_cost", "faults", "failures")
+
+
+def open_client(
+    section: ReasoningModelConfig,
+    folder: Path,  # of the run
+) -> ServedClient | None:  # None: the model is in this process
+    """The client of a served model, its ledger where the run has left it."""
+    if section.provider == "local":
+        return None
+    client, file = served_client(section), folder / LEDGER
+    for name, value in json.loads(file.read_text(encoding="utf-8")).items() if file.is_file() else ():
+        setattr(client.ledger, name, Counter(value) if isinstance(value, dict) else value)
+    return client
+
+
+def keep_ledger(
+    client: ServedClient | None,
+    folder: Path,  # of the run
+) -> None:
+    """Writes what a client has counted, replacing the file in one go."""
+    if client is not None and client.ledger.requests:
+        write_json(folder / LEDGER, {name: getattr(client.ledger, name) for name in COUNTED})
+
+# %% ../../nbs/training/35a_preparation.ipynb #b60a1c40
+def explained(
+    experiences: Sequence[Experience],
+    env: Environment,
+    config: Config,
+    teacher: LLMClient | None,
+) -> tuple[list[Experience], AnnotationReport | None]:  # the same rows; None: they came with their reasoning
+    """Reasoning by a teacher, where the config asks for one."""
+    if config.reasoning_model.annotation == "rules" or not config.reasoning_model.reasoning or not experiences:
+        return list(experiences), None
+    return annotate(experiences, env, teacher)
+
+# %% ../../nbs/training/35a_preparation.ipynb #294df025
+def first_texts(
+    tasks: Iterable[Task],  # with initial states
+    env: Environment,
+) -> set[str]:
+    """What can be read and written at the start of the tasks."""
+    states = {task.initial_state or "" for task in tasks}
+    actions = [(env.mapper and env.mapper.admissible_actions(state)) or [] for state in states]
+    return {"fail ok", *states, *(action for few in actions for action in few)}

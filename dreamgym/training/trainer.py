@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from ..core.config import Config, config_hash, project_path, save_config
-from ..core.data_structures import Task
+from ..core.data_structures import Experience, Task
 from ..core.errors import CheckpointError, ConfigError, MissingExtra
 from ..core.language_model import load_language_model
+from ..core.llm import LLMError
 from ..environments.base_env import Environment, make_environment
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
@@ -33,7 +34,7 @@ from . import arms, checkpoints
 from . import preparation as prep
 from .arms import OFFLINE, ArmLoop, Prepared, run_iteration, start_arm_loop
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
-from .play import evaluate_policy
+from .play import dreamable, evaluate_policy
 from .policy import Policy
 from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
@@ -41,9 +42,10 @@ from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'read_prepared', 'make_prepared', 'make_experience_model', 'RunningLoss', 'require', 'offline_agent',
-           'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts', 'DreamGymTrainer', 'main_first',
-           'read_or_make', 'open_arm', 'train_arm', 'check_arm', 'refuse_unbuilt', 'claim_folder', 'describe']
+__all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'make_experience_model', 'RunningLoss',
+           'require', 'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts',
+           'DreamGymTrainer', 'main_first', 'read_or_make', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
+           'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -55,7 +57,10 @@ def read_prepared(
     counts = json.loads((home / "counts.json").read_text(encoding="utf-8"))
     buffer = ExperienceReplayBuffer(trainer.config.buffer, home / "experience.db", dedup=False)
     policy = load_policy(home / manifest_name(0), trainer.device)
-    trainer.say(f"read back {counts['offline'] + counts['cloned']:,} real transitions and the cloned policy")
+    trainer.say(f"read back {counts['offline'] + counts['cloned']:,} real transitions and the policy")
+    if (home / "first_states.json").is_file():
+        states = json.loads((home / "first_states.json").read_text(encoding="utf-8"))
+        return Prepared(trainer.env, prep.with_states(tasks, states), buffer, policy, None, counts)
     first = [e for _, e in read_rows(buffer.db, "turn = 0 AND evicted_at IS NULL")]
     return Prepared(trainer.env, prep.with_initial_states(tasks, first), buffer, policy, None, counts)
 
@@ -69,12 +74,14 @@ def make_prepared(
     config, env, say = trainer.config, trainer.env, trainer.say
     checkpoints.remove_folder(home)
     home.mkdir(parents=True)
-    data = prep.offline_data(env, config, tasks)
+    data = with_reasoning(trainer, prep.offline_data(env, config, tasks))
+    if not data:
+        return make_synthetic(trainer, home, tasks)
     say(f"{len(data):,} real transitions of expert, noisy and random behaviour in {len(tasks)} worlds")
     texts = prep.environment_texts(data, env)
     policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
     report = prep.clone_policy(policy, data, config, lambda i, loss: say(f"cloning epoch {i + 1}: loss {loss:.3f}"))
-    own = prep.cloned_rollouts(policy, env, tasks, config)
+    own = with_reasoning(trainer, prep.cloned_rollouts(policy, env, tasks, config))
     say(f"cloned from {report.rows:,} demonstrated actions; {len(own):,} transitions of its own rollouts")
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
     buffer.add_many(data + own)
@@ -85,13 +92,45 @@ def make_prepared(
     return Prepared(env, prep.with_initial_states(tasks, data), buffer, policy, None, counts)
 
 # %% ../../nbs/training/37_trainer.ipynb #a0e97bb6
+def with_reasoning(
+    trainer: DreamGymTrainer,
+    rows: Sequence[Experience],
+) -> list[Experience]:
+    """The same rows, explained by a teacher where the config asks for one."""
+    found, report = prep.explained(rows, trainer.env, trainer.config, trainer.client)
+    if report:
+        trainer.say(f"the teacher explained {report.annotated:,} of {report.rows:,} real transitions")
+    return found
+
+
+def make_synthetic(
+    trainer: DreamGymTrainer,
+    home: Path,
+    tasks: Sequence[Task],
+) -> Prepared:
+    """First states, an empty buffer and a policy that has learned nothing."""
+    config, env = trainer.config, trainer.env
+    begun = dreamable(env, tasks)
+    texts = prep.first_texts(begun, env)
+    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
+    buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
+    save_checkpoint(home, 0, policy, None, {"stage": "new"})
+    write_json(home / "first_states.json", {task.id: task.initial_state for task in begun})
+    counts = {"offline": 0, "cloned": 0, "demonstrations": 0, "resets": len(begun)}
+    write_json(home / "counts.json", counts)
+    trainer.say(f"no offline data; {len(begun)} first states by resets")
+    return Prepared(env, begun, buffer, policy, None, counts)
+
+# %% ../../nbs/training/37_trainer.ipynb #815aec47
 def make_experience_model(
     trainer: DreamGymTrainer,
     ready: Prepared,
     home: Path,
 ) -> ReasoningExperienceModel:
-    """Reads the trained experience model back, or trains it on everything in the buffer."""
+    """Reads the trained experience model back, or trains it on everything in the buffer; a served one is as it is."""
     config, env = trainer.config, trainer.env
+    if trainer.client is not None:
+        return prep.experience_model(trainer.client, ready.buffer, env, config)
     if (home / "trained.json").is_file():
         return prep.experience_model(load_language_model(home, device=trainer.device), ready.buffer, env, config)
     rows = [e for _, e in read_rows(ready.buffer.db, "evicted_at IS NULL")]
@@ -99,6 +138,8 @@ def make_experience_model(
     section, seed = config.reasoning_model, config.training.seed
     language_model = prep.make_language_model(section, texts, seed, trainer.device)
     model = prep.experience_model(language_model, ready.buffer, env, config)
+    if section.instructed:
+        return model
     trainer.say(
         f"training the experience model ({language_model.parameters:,} parameters) on {len(rows):,} transitions"
     )
@@ -247,8 +288,7 @@ class DreamGymTrainer:
     ):
         self.config, self.folder = config, Path(folder)
         torch.set_num_threads(config.training.threads)
-        refuse_unbuilt(config)
-        arms.check_algorithm(config)
+        check_settings(config)
         self.accelerator = make_accelerator(config.training)
         self.device = device_of(config.training.device) if self.accelerator is None else str(self.accelerator.device)
         self.main = is_main(self.accelerator)
@@ -257,6 +297,7 @@ class DreamGymTrainer:
         arms.check_curriculum(config, self.env)
         with main_first(self.accelerator):
             claim_folder(self.folder, config, self.env)
+        self.client = prep.open_client(config.reasoning_model, self.folder) if self.main else None
 
     def prepare(self, dream: bool = True) -> Prepared:
         """Offline data, cloned policy and (for dreams) the experience model; read back where they are on disk."""
@@ -289,7 +330,10 @@ def read_or_make(trainer: DreamGymTrainer, home: Path) -> Prepared:
     if (home / "counts.json").is_file():
         return read_prepared(trainer, home, tasks)
     with closing(lock_folder(trainer.folder)):
-        return make_prepared(trainer, home, tasks)
+        try:
+            return make_prepared(trainer, home, tasks)
+        finally:
+            prep.keep_ledger(trainer.client, trainer.folder)
 
 
 def open_arm(trainer: DreamGymTrainer, arm: str) -> AbstractContextManager[Any]:
@@ -308,7 +352,7 @@ def train_arm(
     run: Any,  # RunDir; on other ranks its path only
     tell: Callable[[dict[str, Any]], None],  # told each row of metrics
 ) -> Policy:
-    """All iterations that an arm has left. An interruption keeps what it can and passes on."""
+    """All iterations that an arm has left. An interruption, or a server that stops, keeps what it can and passes on."""
     config, place = trainer.config, (trainer.device, run, trainer.accelerator)
     trackers = make_trackers(config, trainer.folder.name, arm) if trainer.main else []
     loop: ArmLoop | None = None
@@ -316,17 +360,33 @@ def train_arm(
         loop = start_arm_loop(config, ready, arm, *place, trackers)
         while not arms.finished(loop):
             row = run_iteration(loop)
+            keep_spent(trainer, arm)
             trainer.say(describe(arm, row))
             tell(row)
         return arms.best_policy(loop)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LLMError) as stop:
         if loop is not None:
             arms.save_stopped(loop)
-            trainer.say(f"{arm} stopped after iteration {loop.iteration}; the same command continues it")
+            trainer.say(
+                f"{arm} stopped after iteration {loop.iteration}; the same command continues it. {stop}".strip()
+            )
         raise
     finally:
+        keep_spent(trainer, arm)
         for tracker in trackers:
             tracker.finish()
+
+# %% ../../nbs/training/37_trainer.ipynb #f0a65f25
+def keep_spent(trainer: DreamGymTrainer, arm: str) -> None:
+    """Writes the ledger; an arm that never dreams spends nothing, and may run beside one that does."""
+    if arm in ("dream", "s2r"):
+        prep.keep_ledger(trainer.client, trainer.folder)
+
+
+def check_settings(config: Config) -> None:
+    """Raises ConfigError for settings that do not go together."""
+    prep.check_served(config.reasoning_model, config.environment.offline_data)
+    arms.check_algorithm(config)
 
 
 def check_arm(config: Config, arm: str) -> str:
@@ -336,19 +396,6 @@ def check_arm(config: Config, arm: str) -> str:
         valid = f"{algorithm!r}" if offline else "'dream', 'real' or 's2r'"
         raise ConfigError(f"arm {arm!r}: expected {valid} for rl.algorithm: {algorithm}")
     return arm
-
-# %% ../../nbs/training/37_trainer.ipynb #827e1982
-def refuse_unbuilt(
-    config: Config,
-) -> None:
-    """Raises ConfigError for settings of parts that are not built yet."""
-    asked = {
-        "reasoning_model.annotation: llm": config.reasoning_model.annotation == "llm",
-        "reasoning_model.provider (a served experience model in a run)": config.reasoning_model.provider != "local",
-    }
-    for name, value in asked.items():
-        if value:
-            raise ConfigError(f"{name} is not built yet; leave it at its default")
 
 # %% ../../nbs/training/37_trainer.ipynb #a7e8b50b
 def claim_folder(

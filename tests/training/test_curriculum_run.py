@@ -77,10 +77,10 @@ def test_continued_with_a_curriculum_is_the_same_run(stop, grown, whole, tmp_pat
     else:
         inner, calls = arms.collect, iter(range(9))
 
-        def collect(*args):
+        def collect(*args, **more):
             if next(calls) == 2:  # the second iteration's dreams: its tasks are drawn already
                 raise KeyboardInterrupt
-            return inner(*args)
+            return inner(*args, **more)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(arms, "collect", collect)
@@ -147,7 +147,7 @@ def test_groups_share_a_task_and_have_variances_of_their_own(whole, tmp_path):  
 def test_without_a_checker_a_task_must_succeed_in_a_dream(monkeypatch):
     asked = []
 
-    def collect(loop, where, tasks):
+    def collect(loop, where, tasks, part):
         asked.extend(tasks)
         return [SimpleNamespace(success=task.id == "b" and i % 3 == 2) for i, task in enumerate(tasks)]
 

@@ -227,6 +227,11 @@ def test_offline_agents(algorithm, whole, tmp_path):
         t.fit(ready, "dream")
 
 
-def test_what_is_not_built_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="not built yet"):
-        trainer(tmp_path, reasoning_model__annotation="llm")
+@pytest.mark.parametrize(
+    "asked",
+    [{"reasoning_model__annotation": "llm"}, {"environment__offline_data": None}, {"reasoning_model__prompted": True}],
+)
+def test_what_only_a_language_model_can_do_is_refused(asked, tmp_path):
+    with pytest.raises(ConfigError, match="needs a language model that follows instructions"):
+        trainer(tmp_path / "run", **asked)
+    assert not (tmp_path / "run").exists()

@@ -94,33 +94,35 @@ def site_task_class() -> type:
     from browsergym.core.task import AbstractBrowserTask
 
     class SiteTask(AbstractBrowserTask):
-        """An embedded task in WebArena's format."""
+        """A task in WebArena's format, on an embedded site or at an address."""
 
-        def __init__(self, seed: int, config: Mapping[str, Any], world: int, server: SiteServer | None = None):
+        def __init__(self, seed: int, config: Mapping[str, Any], world: int = 0, site: SiteServer | str | None = None):
             super().__init__(seed)
-            self.slow_mo, self.own = 0, server is None
-            self.server, self.world, self.checked = server or SiteServer(), world, 0
-            self.config = json.loads(json.dumps(config).replace("__SITE__", self.server.url))
+            self.slow_mo, self.own, self.checked, self.world = 0, site is None, 0, world
+            self.server = SiteServer() if site is None else site if isinstance(site, SiteServer) else None
+            self.url = self.server.url if self.server else str(site).rstrip("/")
+            self.config = json.loads(json.dumps(config).replace("__SITE__", self.url))
 
         def setup(self, page: Any) -> tuple[str, dict]:
-            self.server.reset(self.config["sites"][0], self.world)
+            if self.server:
+                self.server.reset(self.config["sites"][0], self.world)
             page.goto(self.config["start_url"])
             return self.config["intent"], {}
 
         def validate(self, page: Any, chat_messages: Sequence[Mapping[str, Any]]) -> tuple[float, bool, str, dict]:
-            if not page.url.startswith(self.server.url + "/"):
+            if not f"{page.url}/".startswith(self.url + "/"):
                 return 0.0, True, "", {"error": f"left the site for {page.url}"}
             said = chat_messages[-1] if chat_messages else {"role": "user"}
             answer = {"assistant": said.get("message"), "infeasible": "N/A"}.get(said["role"])
-            kinds = self.config["eval"]["eval_types"]
-            if answer is None and "program_html" in kinds and self.server.changes == self.checked:
+            changes, kinds = self.server.changes if self.server else -1, self.config["eval"]["eval_types"]
+            if answer is None and "program_html" in kinds and changes == self.checked:
                 return 0.0, False, "", {}
-            self.checked = self.server.changes
+            self.checked = max(changes, 0)
             found = score(self.config["eval"], page.url, answer, lambda *where: page.evaluate(_READ, list(where)))
             return found, bool(found) or answer is not None, "", {}
 
         def teardown(self) -> None:
-            if self.own:
+            if self.own and self.server:
                 self.server.close()
 
     return SiteTask
@@ -155,7 +157,7 @@ def print_page(
             _pre_extract(page, tags_to_mark="standard_html", lenient=not left)
             tree = extract_merged_axtree(page)
             _post_extract(page)
-            return flatten_axtree_to_str(tree)[:LONGEST]
+            return flatten_axtree_to_str(tree, skip_generic=False)[:LONGEST]  # their ids are those of texts inside
         except (Error, MarkingError):
             if not left:
                 raise
@@ -177,7 +179,7 @@ class WorkerEpisodes:
         self.how: dict[str, Any] = how | {"action_mapping": actions.to_python_code}
 
     def reset(self, task: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """Starts an episode: `config` and `world` of an embedded task, or `gym`, an id that BrowserGym knows."""
+        """Starts an episode: `config` with a `world` of ours or an `address`; or `gym`, an id that BrowserGym knows."""
         self.close()
         self.env = self._make(task, self.how | task.get("how", {}))
         found, _ = self.env.reset(seed=seed)
@@ -207,7 +209,8 @@ class WorkerEpisodes:
             return gymnasium.make(task["gym"], disable_env_checker=True, **how).unwrapped
         from browsergym.core.env import BrowserEnv
 
-        known = {"config": task["config"], "world": task["world"], "server": self.server}
+        site = task.get("address") or self.server
+        known = {"config": task["config"], "world": task.get("world", 0), "site": site}
         return BrowserEnv(task_entrypoint=partial(site_task_class(), **known), **how)
 
     def _answer(self, reward: float, terminated: bool, error: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def fill_all(
 ) -> str:
     """Fills what is not filled yet, then presses."""
     for (number, old), value in zip(fields(s), values):
-        if old != value:
+        if old not in (value, "•" * len(value)):  # a password shows dots
             return f"fill {number} {value}"
     return press(s, *then)
 
@@ -143,9 +143,9 @@ def nth_word(s: WebState, turn: int, found: Sequence[str]) -> str:
 
 
 def copy_field(s: WebState, turn: int, found: Sequence[str]) -> str:
-    """The value of the first field into the second."""
+    """The value of the second field into the first."""
     first, second = fields(s)[:2]
-    return press(s, "Submit") if first[1] == second[1] else f"fill {second[0]} {first[1]}"
+    return press(s, "Submit") if first[1] == second[1] else f"fill {first[0]} {second[1]}"
 
 
 def widget(s: WebState, turn: int, found: Sequence[str]) -> str:
@@ -220,8 +220,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"Guess the number", guess),
     (r"Search for (.*) movies directed by (.*) from year (\d+)", movies),
     (r"Choose (.*) from the dropdown, then click the button labeled \"(.*)\"", dropdown_and_button),
-    (r"Expand the section below and click submit", lambda s, *_: press(s, "Submit") or look_in_tabs(s, 0, ("Submit",))),
-    (r"Select (-?\d+) with the spinner", lambda s, _, found: fill_all(s, found[0])),
+    (r"Expand the section below and click submit", lambda s, turn, _: press(s, "Submit") if turn else "click 1"),
+    (r"Select (-?\d+) with the spinner", lambda s, turn, f: press(s, "Submit") if turn else fill_all(s, *f)),
     (r"Select (.*) from the (?:scroll )?list and click Submit", check_all),
     (r"Select (.*) and click Submit", check_all),
 )
@@ -243,7 +243,7 @@ SOLVED = """click-test click-test-2 click-test-transfer click-button click-butto
 click-tab click-tab-2-easy click-tab-2-medium click-tab-2 click-collapsible click-collapsible-2 click-widget click-option
 click-checkboxes click-checkboxes-large click-checkboxes-transfer unicode-test focus-text focus-text-2 enter-text
 enter-text-2 enter-text-dynamic enter-password enter-date enter-time login-user choose-list copy-paste find-word
-simple-arithmetic simple-algebra read-table guess-number multi-layouts multi-orderings form-sequence-3 use-spinner""".split()
+simple-arithmetic simple-algebra read-table guess-number multi-layouts form-sequence-3 use-spinner""".split()
 
 
 def miniwob_pages() -> Path:
@@ -299,5 +299,5 @@ def build(
 
     pages = miniwob_pages()
     os.environ["MINIWOB_URL"] = f"file://{pages}/"  # where BrowserGym looks
-    built = web_environment(config or EnvironmentConfig(), "miniwob", lru_cache(maxsize=None)(miniwob_tasks), 10)
+    built = web_environment(config or EnvironmentConfig(), "miniwob", lru_cache(maxsize=None)(miniwob_tasks), 20)
     return replace(built, expert=expert)

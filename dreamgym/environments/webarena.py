@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from importlib.util import find_spec
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,9 +28,9 @@ from .web_rules import expert_action, is_determined, reasoning_trace, violations
 from .web_state import WebMapper
 
 # %% auto #0
-__all__ = ['OFFICIAL', 'OFFICIAL_SITES', 'TURNS', 'site_addresses', 'site_problem', 'readiness', 'official_configs',
-           'official_tasks', 'official_task', 'worker_request', 'expert', 'chosen_benchmark', 'build',
-           'web_environment']
+__all__ = ['OFFICIAL', 'OFFICIAL_SITES', 'TURNS', 'site_addresses', 'site_problem', 'readiness', 'official_python',
+           'official_configs', 'official_tasks', 'official_task', 'worker_request', 'expert', 'chosen_benchmark',
+           'build', 'web_environment']
 
 # %% ../../nbs/environments/15f_webarena.ipynb #e1138efa
 OFFICIAL: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -74,18 +75,22 @@ def readiness(
     return {"problems": problems, "ready": [task["task_id"] for task in ready], "fuzzy": fuzzy}
 
 # %% ../../nbs/environments/15f_webarena.ipynb #91ea88fe
+def official_python() -> str:  # path of a Python
+    """The Python that holds official WebArena: `$WEBARENA_PYTHON`, else this one."""
+    return os.environ.get("WEBARENA_PYTHON") or sys.executable
+
+
 def official_configs(
     benchmark: str,  # a key of OFFICIAL
 ) -> list[dict[str, Any]]:  # in WebArena's format, placeholders as they are
     """All tasks of an official benchmark. Raises MissingExtra if the package is absent."""
     package, name = OFFICIAL[benchmark]
-    try:
-        found = find_spec(package)  # importing it would download word lists
-    except ModuleNotFoundError:
-        found = None
-    if found is None or not found.submodule_search_locations:
-        raise MissingExtra(package, "pip install --no-deps libwebarena==0.0.4 browsergym-webarenalite==0.14.3")
-    return json.loads((Path(found.submodule_search_locations[0]) / name).read_text(encoding="utf-8"))
+    look = f"import importlib.util as u; print(u.find_spec({package!r}).submodule_search_locations[0])"
+    found = subprocess.run([official_python(), "-c", look], capture_output=True, text=True)  # importing would download
+    if found.returncode:
+        hint = f"python -m venv arena && arena/bin/pip install browsergym-{benchmark}==0.14.3"
+        raise MissingExtra(package, f"{hint}; export WEBARENA_PYTHON=$PWD/arena/bin/python")
+    return json.loads((Path(found.stdout.strip()) / name).read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=8)
@@ -115,7 +120,10 @@ def worker_request(
 ) -> dict[str, Any]:  # what a worker's reset needs
     """A task as a browser worker understands it."""
     if "gym" in task.metadata:
-        return {"how": {"pre_observation_delay": 0.5}} | dict(task.metadata)
+        slow = {} if task.metadata["package"] == "browsergym.miniwob" else {"how": {"pre_observation_delay": 0.5}}
+        return slow | dict(task.metadata)
+    if "address" in task.metadata:
+        return dict(task.metadata)
     return {"config": webarena_config(task), "world": task.metadata["seed"]}
 
 
@@ -151,7 +159,8 @@ def build(
     config = config or EnvironmentConfig()
     benchmark = chosen_benchmark(config.data_dir)
     if benchmark != "generated":
-        return web_environment(config, benchmark, lambda split: official_tasks(benchmark, split), TURNS["official"])
+        tasks = partial(official_tasks, benchmark)
+        return web_environment(config, benchmark, tasks, TURNS["official"], official_python())
     built = web_environment(config, "webarena-generated", lru_cache(maxsize=None)(site_tasks), TURNS["embedded"])
     rules: dict[str, Any] = {"annotate": reasoning_trace, "verify": violations, "determined": is_determined}
     rules = rules if config.mapper else {}
@@ -164,10 +173,12 @@ def web_environment(
     name: str,
     tasks: Callable[[str], Sequence[Task]],
     turns: int,  # where the config names no limit
+    python: str = sys.executable,  # of the workers
 ) -> Environment:
     """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps, where these are missing."""
-    require_browsergym()
-    settings = BrowserSettings(find_chromium(config.browser))
+    if python == sys.executable:
+        require_browsergym()
+    settings = BrowserSettings(find_chromium(config.browser), python)
     pool, mapper = BrowserPool(settings), WebMapper() if config.mapper else TranscriptMapper()
     limit = config.max_episode_steps or turns
     most = config.browsers

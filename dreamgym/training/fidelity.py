@@ -464,7 +464,8 @@ def plot_calibration(
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
     for name, c in measured.items():
         label = f"{name}, ECE {c.ece:.3f}"
-        draw_curve(axes, [b.said for b in c.bins], [b.happened for b in c.bins], label, method_colour(name))
+        said: Any = [b.said for b in c.bins]
+        draw_curve(axes, said, [b.happened for b in c.bins], label, method_colour(name))
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.legend(frameon=False, fontsize=8)
     return figure

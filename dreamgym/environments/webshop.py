@@ -18,7 +18,7 @@ from .webshop_pages import ShopEngine, clickables, open_shop
 from .webshop_products import ShopFiles, ShopGoal, read_shop
 from .webshop_reward import alike, basic_color, plain_nouns, spacy_nouns
 from .webshop_rules import is_determined, read_wish, shop_reasoning, shop_violations, shopper
-from .webshop_state import ShopMapper, plain, read_state, request_words, short_task
+from .webshop_state import ShopMapper, plain, read_state, request_words, short_task, searches
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',
@@ -58,9 +58,7 @@ class ShopVisit:
 
     def _info(self, problem: str | None) -> dict[str, Any]:
         visit, goal = self.engine.visit, self.engine.goal
-        words = request_words(goal.instruction)
-        searches = dict.fromkeys([words, words.split()[-1]]) if visit.page == "search" else {}
-        actions = [f"search[{query}]" for query in searches]
+        actions = searches(goal.instruction) if visit.page == "search" else []
         actions += [f"click[{text}]" for text in clickables(self.engine.shop, visit)]
         return {"goal": goal.instruction, "admissible_actions": actions, "action_error": problem}
 

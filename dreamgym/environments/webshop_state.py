@@ -16,8 +16,8 @@ from .webshop_search import STOP_WORDS
 
 # %% auto #0
 __all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'tied', 'plain', 'short_prices', 'short_task',
-           'read_results', 'read_item', 'request_words', 'possible_clicks', 'possible_shop_actions', 'understood',
-           'advance', 'needs_look', 'look', 'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
+           'read_results', 'read_item', 'request_words', 'searches', 'possible_clicks', 'possible_shop_actions',
+           'understood', 'advance', 'needs_look', 'look', 'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #a571bbb6
 @dataclass
@@ -207,6 +207,12 @@ def request_words(
     return " ".join(word for word in plain(text, 99).split() if word.strip(".'") not in FILLER) or plain(task)
 
 
+def searches(task: str) -> list[str]:
+    """Actions: the words of the request, and the last one alone."""
+    words = request_words(task)
+    return [f"search[{query}]" for query in dict.fromkeys([words, words.split()[-1]])]
+
+
 def possible_clicks(state: ShopState) -> list[str]:
     """What can be clicked, in the order of the page."""
     if state.page in ("search", "bought"):
@@ -223,9 +229,8 @@ def possible_clicks(state: ShopState) -> list[str]:
 # %% ../../nbs/environments/13e_webshop_state.ipynb #e6044537
 def possible_shop_actions(state: ShopState) -> list[str]:
     """Suggested searches and every click."""
-    words = request_words(state.task)
-    searches = dict.fromkeys([words, words.split()[-1]]) if state.page == "search" else {}
-    return [f"search[{query}]" for query in searches] + [f"click[{text}]" for text in possible_clicks(state)]
+    first = searches(state.task) if state.page == "search" else []
+    return first + [f"click[{text}]" for text in possible_clicks(state)]
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #f67f94e3
 def understood(

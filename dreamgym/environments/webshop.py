@@ -18,7 +18,7 @@ from .webshop_pages import ShopEngine, clickables, open_shop
 from .webshop_products import ShopFiles, ShopGoal, read_shop
 from .webshop_reward import alike, basic_color, plain_nouns, spacy_nouns
 from .webshop_rules import is_determined, read_wish, shop_reasoning, shop_violations, shopper
-from .webshop_state import ShopMapper, plain, read_state, request_words, short_task, searches
+from .webshop_state import ShopMapper, plain, read_state, request_words, searches, short_task
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',

@@ -157,6 +157,9 @@ class PolicyModelConfig(Section):
     bc_batch_size: int = Field(32, gt=0, description="turns per update of cloning [ours]")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA in reinforcement learning; 0: all weights train [ours]")
     gradient_checkpointing: bool = Field(False, description="activations are computed twice, not kept [ours]")
+    server: str | None = Field(
+        None, description="vLLM server that samples in RL, http://host:port; null: this process [ours]"
+    )
 
 # %% ../../nbs/core/02_config.ipynb #24c11b0a
 class BufferConfig(Section):

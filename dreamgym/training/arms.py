@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.config import Config
 from ..core.data_structures import Task, Trajectory, episode_row
 from ..core.errors import CheckpointError, ConfigError
-from ..core.generators import TransformersGenerator, derive_seed
+from ..core.generators import derive_seed
 from ..core.ledger import summary
 from ..core.llm import LLMClient
 from ..environments.base_env import Environment
@@ -372,8 +372,7 @@ def collect(
         env = DreamEnv(loop.ready.model, slots, loop.ready.env.max_turns, seed)
     penalty = {"invalid_action_penalty": rl.invalid_action_penalty, "source": where}
     settings = play_settings(loop.config.policy_model, slots, temperature=rl.temperature, **penalty)
-    generator = TransformersGenerator(loop.player.language_model)
-    generator.sync(loop.player.model, loop.iteration)
+    generator = scale.make_generator(loop.player, loop.config.policy_model, loop.iteration, loop.run.path / "weights")
     with autocast(loop.accelerator):
         return rollout(generator, env, tasks, loop.player.codec, settings)
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from ..core.config import PolicyModelConfig, TrainingConfig
 from ..core.data_structures import Trajectory
 from ..core.errors import ConfigError, MissingExtra
+from ..core.generators import Generator, TransformersGenerator, VLLMServerGenerator
 from .policy import Policy
 
 # %% auto #0
 __all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'asked_for',
            'check_engine', 'make_accelerator', 'spread_on_cpu', 'autocast', 'is_main', 'from_main', 'share_of',
-           'is_spread', 'gathered', 'spread_like', 'spread', 'gather_weights']
+           'is_spread', 'gathered', 'spread_like', 'spread', 'gather_weights', 'make_generator']
 
 # %% ../../nbs/training/30a_scale.ipynb #2d3d3693
 def add_lora(
@@ -238,3 +240,24 @@ def gather_weights(
         whole = gathered(parameter)
         if targets:
             targets[name].copy_(whole)
+
+# %% ../../nbs/training/30a_scale.ipynb #36e4428c
+def make_generator(
+    policy: Policy,
+    section: PolicyModelConfig,
+    version: int,  # of the weights
+    shared: Path,  # folder for weights on their way
+) -> Generator:
+    """A generator with the policy's weights. Raises ConfigError for a model that vLLM does not know."""
+    if section.server is None:
+        local = TransformersGenerator(policy.language_model)
+        local.sync(policy.model, version)
+        return local
+    if hasattr(policy.model, "token_embeddings"):
+        raise ConfigError(
+            "policy_model.server: vLLM does not know SmallLM; set policy_model.name to a language model, or "
+            "policy_model.architecture to a transformers family such as Llama"
+        )
+    remote = VLLMServerGenerator(section.server, [policy.tokenizer.eos_token_id], shared)
+    remote.sync(merged(policy.model), version)
+    return remote

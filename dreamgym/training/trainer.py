@@ -244,8 +244,10 @@ def make_trackers(
             require(package, commands[package])
     if not any(asked.values()):
         return []
+    from accelerate import PartialState
     from accelerate.tracking import TrackioTracker, WandBTracker
 
+    PartialState()  # accelerate's trackers ask it who they are, in one process too
     offline = {} if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") else {"mode": "offline"}
     wandb = {"name": f"{name}-{arm}", "id": f"{name}-{arm}", "resume": "allow", "dir": str(project_path("logs"))}
     trackers: list[Any] = [WandBTracker("dreamgym", **wandb, **offline)] if asked["wandb"] else []

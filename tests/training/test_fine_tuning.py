@@ -1,0 +1,100 @@
+"""TRL's SFTTrainer on the experience model's rows: the same loss as our loop, LoRA, and refreshes that are counted."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig
+from dreamgym.core.errors import DataError
+from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
+from dreamgym.environments.base_env import make_environment
+from dreamgym.environments.offline import EXPERT, record
+from dreamgym.models.experience_sft import encode_examples, example_loss
+from dreamgym.models.reasoning_model import ExperiencePrompts
+from dreamgym.models.replay_buffer import ExperienceReplayBuffer
+from dreamgym.training.fine_tuning import conversation_rows, fine_tune, refresh
+from dreamgym.training.preparation import environment_texts
+
+
+@pytest.fixture(scope="module")
+def env():
+    return make_environment("alfworld", EnvironmentConfig(data_dir="generated"))
+
+
+@pytest.fixture(scope="module")
+def rows(env):
+    return [row for episode in record(env, env.tasks("train")[:8], EXPERT) for row in episode]
+
+
+@pytest.fixture
+def small(env, rows):
+    tokenizer = train_tokenizer(environment_texts(rows, env))
+    return LanguageModel(build_model(tokenizer, "Llama", hidden_size=32, layers=1, seed=0), tokenizer)
+
+
+def prompts_of(env, **config):
+    return ExperiencePrompts(ReasoningModelConfig(**config), mapper=env.mapper)
+
+
+def test_trl_takes_the_loss_of_our_loop_on_the_same_rows(env, rows, small):
+    """One step of rate zero: TRL's training loss of a batch is `example_loss` of that batch."""
+    model, chosen = prompts_of(env), rows[:8]
+    expected = example_loss(small.model, encode_examples(chosen, model, small.tokenizer)).item()
+    section = ReasoningModelConfig(train_steps=1, batch_size=8, lr=1e-12)
+    metrics = fine_tune(model, small, chosen, section, warmup_steps=0, logging_steps=1)
+    assert math.isclose(metrics["train_loss"], expected, rel_tol=2e-3)
+
+
+def test_rows_are_what_our_loop_reads(env, rows, small):
+    model, tokenizer = prompts_of(env), small.tokenizer
+    for row, (prompt, target) in zip(
+        conversation_rows(rows, model, tokenizer), encode_examples(rows, model, tokenizer), strict=True
+    ):
+        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        assert asked == prompt and whole == prompt + target
+
+
+def test_fine_tuning_learns_and_lora_is_merged(env, rows, small):
+    model, before = prompts_of(env), {k: v.clone() for k, v in small.model.state_dict().items()}
+    examples = encode_examples(rows, model, small.tokenizer)
+    start = example_loss(small.model, examples).item()
+    logs = []
+    section = ReasoningModelConfig(train_steps=30, batch_size=8, lr=2e-2, lora_rank=4)
+    fine_tune(model, small, rows, section, on_log=lambda step, metrics: logs.append(step))
+    assert example_loss(small.model, examples).item() < 0.8 * start and logs
+    after = small.model.state_dict()
+    assert set(after) == set(before), "no adapter is left"
+    moved = [name for name in after if not torch.equal(after[name], before[name])]
+    assert moved and all("proj" in name for name in moved)
+    assert not small.model.training
+
+
+def test_nothing_to_learn_from(env, small):
+    with pytest.raises(DataError, match="got none"):
+        fine_tune(prompts_of(env), small, [], ReasoningModelConfig())
+
+
+def test_a_refresh_learns_the_fresh_and_counts_it(env, rows, small):
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    old, fresh = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    buffer.add_many(old)
+    model = ExperiencePrompts(ReasoningModelConfig(), buffer, env.mapper)
+    section = ReasoningModelConfig(batch_size=8, lr=2e-2)
+    examples = encode_examples(fresh, model, small.tokenizer)
+    start = example_loss(small.model, examples).item()
+    report = refresh(model, small, fresh, section, steps=40, replay=0.5)
+    assert report.real_transitions == report.admitted == len(fresh) and len(buffer) == len(rows)
+    assert 0 < report.replayed <= round(0.5 * len(fresh))
+    assert example_loss(small.model, examples).item() < 0.7 * start and report.loss < start
+
+
+def test_a_refresh_never_learns_from_dreams(env, rows, small):
+    buffer = ExperienceReplayBuffer(BufferConfig())
+    model = ExperiencePrompts(ReasoningModelConfig(), buffer, env.mapper)
+    for fresh in ([], [replace(rows[0], source="synthetic")]):
+        with pytest.raises(DataError, match="its own dreams"):
+            refresh(model, small, fresh, ReasoningModelConfig())
+    assert len(buffer) == 0

@@ -242,21 +242,30 @@ def plot_ablations(
 ) -> Any:  # figure
     """What each ablation changes, with intervals over seeds, and the paper's numbers as marks."""
     names = [name for name in summary if "minus_full" in summary[name]]
-    figure, axes = new_axes("", "difference to the full method (points)", title)
+    figure, axes = new_axes("", "minus the full method (points)", title)
     for x, name in enumerate(names):
         lost = {key: 100 * value for key, value in summary[name]["minus_full"].items() if value is not None}
         error = [[lost["mean"] - lost["low"]], [lost["high"] - lost["mean"]]] if "low" in lost else None
         axes.bar(x, lost["mean"], width=0.6, color=COLOURS["dream"], yerr=error, capsize=4)
+        axes.annotate(
+            f"{lost['mean']:+.1f}",
+            (x, max(0, lost.get("high", 0))),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            size=8,
+        )
     for marker, colour, (where, numbers) in zip("Do", OTHER_COLOURS, PAPER.items(), strict=False):
         found = [(x, numbers[name] - numbers[FULL]) for x, name in enumerate(names) if name in numbers]
         if found:
             axes.scatter(*zip(*found, strict=True), color=colour, marker=marker, zorder=3, label=f"paper, {where}")
             axes.legend(frameon=False, fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.margins(y=0.2)
     short = {"without ": "w/o ", " = ": "=", " ": "\n"}
     labels = [reduce(lambda text, pair: text.replace(*pair), short.items(), summary[name]["label"]) for name in names]
     axes.set_xticks(range(len(names)), labels, fontsize=8)
     counts = sorted({(summary[name]["n"], summary[name]["minus_full"]["seeds"]) for name in names})
-    said = ", ".join(f"n={n} games, {seeds} seeds" for n, seeds in counts)
+    said = " or ".join(f"n={n} games, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in counts)
     axes.set_xlabel(f"{said}; 95 % intervals over seeds", fontsize=8)
     return figure

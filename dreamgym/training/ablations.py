@@ -235,7 +235,7 @@ def table_of_ablations(
         table.append({"ablation": found["label"]} | {key: found[key] for key in keys} | ours | paper)
     return table
 
-
+# %% ../../nbs/training/41_ablations.ipynb #9fd1daa5
 def plot_ablations(
     summary: Mapping[str, Row],  # of summarise_ablations
     title: str = "",
@@ -261,6 +261,7 @@ def plot_ablations(
             axes.scatter(*zip(*found, strict=True), color=colour, marker=marker, zorder=3, label=f"paper, {where}")
             axes.legend(frameon=False, fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.use_sticky_edges = False  # room for numbers above 0
     axes.margins(y=0.2)
     short = {"without ": "w/o ", " = ": "=", " ": "\n"}
     labels = [reduce(lambda text, pair: text.replace(*pair), short.items(), summary[name]["label"]) for name in names]

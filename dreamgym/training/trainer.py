@@ -34,6 +34,7 @@ from . import arms, checkpoints
 from . import preparation as prep
 from .arms import OFFLINE, ArmLoop, Prepared, run_iteration, start_arm_loop
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
+from .fine_tuning import fine_tune
 from .play import dreamable, evaluate_policy
 from .policy import Policy
 from .scale import device_of, is_main, make_accelerator
@@ -144,7 +145,11 @@ def make_experience_model(
         f"training the experience model ({language_model.parameters:,} parameters) on {len(rows):,} transitions"
     )
     start, losses = time.monotonic(), RunningLoss(trainer.say, section.train_steps)
-    prep.train_experience_model(model, language_model, rows, config, losses)
+    if section.name == "scratch":
+        prep.train_experience_model(model, language_model, rows, config, losses)
+    else:
+        require("trl", "pip install 'trl>=1.12,<2'")
+        losses.mean = fine_tune(model, language_model, rows, section, seed)["train_loss"]
     language_model.save(home)
     write_json(home / "trained.json", {"seconds": time.monotonic() - start, "loss": losses.mean})
     return model

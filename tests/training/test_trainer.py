@@ -10,6 +10,8 @@ import torch
 
 from dreamgym.core.config import load_config
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
+from dreamgym.core.language_model import LanguageModel, build_model
+from dreamgym.models.reasoning_model import Query
 from dreamgym.training.checkpoints import load_policy, newest_checkpoint
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, run_iteration, start_arm_loop
@@ -235,3 +237,22 @@ def test_what_only_a_language_model_can_do_is_refused(asked, tmp_path):
     with pytest.raises(ConfigError, match="needs a language model that follows instructions"):
         trainer(tmp_path / "run", **asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_named_experience_model_is_fine_tuned_and_read_back(whole, tmp_path):
+    pytest.importorskip("trl")
+    shutil.copytree(whole / "prepared", tmp_path / "run" / "prepared")
+    shutil.rmtree(tmp_path / "run" / "prepared" / "experience_model")
+    tokenizer = load_policy(whole / "prepared" / "policy_iter_0000.json").tokenizer
+    LanguageModel(build_model(tokenizer, "Llama", 16, 1), tokenizer).save(tmp_path / "named")
+    t = trainer(tmp_path / "run", reasoning_model__name=str(tmp_path / "named"), reasoning_model__train_steps=3)
+    model = t.prepare().model
+    assert json.loads((tmp_path / "run" / "prepared" / "experience_model" / "trained.json").read_text())["loss"] > 0
+    task = t.prepare(dream=False).tasks[0]
+    again = t.prepare().model
+    queries = [Query(task.initial_state, "look", task)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = model.predict(queries)
+        torch.manual_seed(0)
+        assert again.predict(queries) == first

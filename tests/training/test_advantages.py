@@ -42,7 +42,7 @@ def by_row(rewards, values, ends, length, bootstrap, gamma, lam, gamma_token, la
 # ---- two-level GAE
 
 
-def test_golden_first_token_advantage_is_0_6509():
+def test_checklist_10_golden_first_token_advantage_is_0_6509():
     """Two turns of 4 tokens, reward 1 at the end: (γλ)^7 at the first token; the γ of turns only: once."""
     rewards, values = torch.zeros(1, 8), torch.zeros(1, 8)
     rewards[0, 7] = 1.0
@@ -55,7 +55,9 @@ def test_golden_first_token_advantage_is_0_6509():
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("inserted", [0, 3, 40])
-def test_inserted_environment_tokens_and_values_there_change_no_advantage(policy, inserted, pack, monkeypatch):
+def test_checklist_10_inserted_environment_tokens_and_values_there_change_no_advantage(
+    policy, inserted, pack, monkeypatch
+):
     """The golden value again, from rows with environment tokens between the turns, under a critic that raves there."""
     monkeypatch.setattr("dreamgym.training.ppo.whiten", lambda x, _: x)
     states = ["door 1", " ".join(["nothing here"] * (1 + inserted))]
@@ -107,7 +109,7 @@ def test_vectorised_gae_equals_a_loop_over_rows():
 # ---- the end of an episode
 
 
-def test_truncated_is_not_terminated(policy):
+def test_checklist_11_truncated_is_not_terminated(policy):
     """A cut-off episode keeps the value of where it stopped; both flags: terminated wins."""
     turns = [turn(policy, "door 1", "door 1"), turn(policy, "door 2", "door 3")]
     over, cut = episode(policy, turns), episode(policy, turns, False, True, final="door 3")
@@ -119,12 +121,12 @@ def test_truncated_is_not_terminated(policy):
     assert abs(targets[0]) < 1e-6 and abs(targets[1] - 0.9 * expected) < 1e-6
 
 
-def test_terminated_wins_over_truncated():
+def test_checklist_11_terminated_wins_over_truncated():
     flags = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).bool()
     assert truncation_bootstrap(torch.ones(4), *flags.T).tolist() == [0, 1, 0, 0]
 
 
-def test_reward_on_the_last_token_and_penalty_as_its_own_term(policy):
+def test_checklist_12_reward_on_the_last_token_and_penalty_as_its_own_term(policy):
     trajectories = [episode(policy, [turn(policy, "door 1", "door 2", 0.5, 0.2), turn(policy, "door 1", "door 3")])]
     _, credit = collect(trajectories, policy)
     assert torch.allclose(credit.rewards, torch.tensor([0, 0.3, 0, 0])) and credit.turn_ends.tolist() == [0, 1, 0, 1]
@@ -134,13 +136,13 @@ def test_reward_on_the_last_token_and_penalty_as_its_own_term(policy):
 # ---- whitening
 
 
-def test_whitening_over_agent_tokens():
+def test_checklist_13_whitening_over_agent_tokens():
     assert whiten(torch.tensor([3.0, 3.0, 3.0])).tolist() == [0, 0, 0]
     white = whiten(torch.randn(1000) * 7 + 3)
     assert abs(white.mean()) < 1e-5 and abs(white.square().mean() - 1) < 1e-4
 
 
-def test_whitening_is_global_over_packed_and_unpacked_rows(policy):
+def test_checklist_13_whitening_is_global_over_packed_and_unpacked_rows(policy):
     advantages = make_batch(mixed(policy), policy).advantages
     assert abs(advantages.mean()) < 1e-5 and abs(advantages.square().mean() - 1) < 1e-4
 
@@ -148,13 +150,13 @@ def test_whitening_is_global_over_packed_and_unpacked_rows(policy):
 # ---- groups
 
 
-def test_group_statistics_count_each_episode_once(policy):
+def test_checklist_13_group_statistics_count_each_episode_once(policy):
     """Returns 1 and 0 have mean 1/2: a member is a member (test_grpo.py has episodes of many and few tokens)."""
     mean, std, size = group_moments(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     assert mean.tolist() == [0.5, 0.5] and std.tolist() == [0.5, 0.5] and size.tolist() == [2, 2]
 
 
-def test_groups_without_variance_give_zeros_and_are_counted():
+def test_checklist_13_groups_without_variance_give_zeros_and_are_counted():
     returns, groups = torch.tensor([0.1 + 0.2, 0.3, 1.0, 0.0, 5.0]), torch.tensor([0, 0, 1, 1, 2])
     advantages = grpo_advantages(returns, groups)
     assert advantages[[0, 1, 4]].tolist() == [0, 0, 0] and torch.allclose(advantages[2:4], torch.tensor([1.0, -1.0]))

@@ -9,10 +9,11 @@ import torch
 from rl_toys import DOORS, LONG, conversation, episode, gradient, mixed, new_policy, score, turn, turn_of, weights
 from torch import nn
 
-from dreamgym.core.data_structures import Turn
+from dreamgym.core.data_structures import Task, Turn
 from dreamgym.core.errors import ConfigError, DreamGymError
 from dreamgym.core.generators import SamplingParams, TransformersGenerator
-from dreamgym.training.policy import TokenScores
+from dreamgym.environments.base_env import CountingEnv
+from dreamgym.training.policy import TokenScores, TurnCodec
 from dreamgym.training.ppo import (
     FiniteGuard,
     PPOSettings,
@@ -34,6 +35,7 @@ from dreamgym.training.ppo import (
     score_rows,
     token_share,
 )
+from dreamgym.training.rollout import RolloutConfig, rollout
 
 PLAIN = PPOSettings(kl_coef=0.0)
 
@@ -79,7 +81,7 @@ def test_packed_rows_hold_the_ids_of_the_sampler(policy):
     assert rows.ids[0][rows.action_mask[0]].tolist() == [i for t in turns for i in t.response_ids]
 
 
-def test_loss_only_on_sampled_tokens_the_end_token_included(policy, monkeypatch):
+def test_checklist_03_loss_only_on_sampled_tokens_the_end_token_included(policy, monkeypatch):
     """Prompt tokens and environment text have no gradient at their logits; the end token has."""
     turns = conversation(policy, DOORS[:2], DOORS[:2])
     (row,) = pack_turns(turns)
@@ -95,7 +97,7 @@ def test_loss_only_on_sampled_tokens_the_end_token_included(policy, monkeypatch)
     assert all(row.ids[end - 1] == policy.tokenizer.eos_token_id for _, end in row.spans)
 
 
-def test_mask_from_lengths_not_from_ids(policy):
+def test_checklist_04_mask_from_lengths_not_from_ids(policy):
     """The padding id inside a prompt or a response is a token like any other."""
     rows = collate([TokenRow([0, 5, 0, 6], [(2, 4)]), TokenRow([5, 0], [(1, 2)])])
     assert rows.action_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
@@ -109,7 +111,7 @@ def test_padding_and_company_change_no_score(policy):
     assert torch.allclose(together[0], torch.tensor([lp for t in turns for lp in t.logprobs]), atol=1e-5)
 
 
-def test_padding_never_matters_to_the_gradient(policy):
+def test_checklist_16_padding_never_matters_to_the_gradient(policy):
     """The same batch beside one very long row whose advantages and targets leave nothing to learn."""
     short = make_batch(mixed(policy)[:1], policy)
     both = make_batch([*mixed(policy)[:1], episode(policy, [turn(policy, " ".join([LONG] * 4), "door 1")])], policy)
@@ -154,7 +156,7 @@ def test_packed_and_unpacked_turns_give_equal_advantages_and_loss(family):
     assert torch.allclose(ours[1], theirs[1], atol=1e-5) and ours[1].abs().sum() > 0
 
 
-def test_values_are_read_where_the_token_is_predicted(policy):
+def test_checklist_15_values_are_read_where_the_token_is_predicted(policy):
     """The critic's value of the first token equals its value of the prompt alone."""
     t = turn(policy, "door 2", "door 1 door 3")
     _, values = score(policy, t.prompt_ids, t.response_ids)
@@ -172,7 +174,7 @@ def test_order_of_episodes_changes_no_target(policy):
     assert torch.allclose(one.advantages, back.advantages, atol=1e-5)
 
 
-def test_k1_in_the_reward_is_a_cost_of_each_token_and_k3_in_the_loss_is_not(policy):
+def test_checklist_17_k1_in_the_reward_is_a_cost_of_each_token_and_k3_in_the_loss_is_not(policy):
     reference, trajectories = new_policy(5), [episode(policy, [turn(policy, "door 1", "door 2", 1.0)])]
     free, _ = collect(trajectories, policy, reference)[1], None
     paid = collect(trajectories, policy, reference, kl_reward_coef=0.5)[1]
@@ -189,7 +191,7 @@ def test_k1_in_the_reward_is_a_cost_of_each_token_and_k3_in_the_loss_is_not(poli
 
 
 @pytest.mark.parametrize("family", ["SmallLM", "Llama"])
-def test_lora_off_is_the_base(family):
+def test_checklist_17_lora_off_is_the_base(family):
     peft = pytest.importorskip("peft")
     policy = new_policy(family=family)
     base = copy.deepcopy(policy)
@@ -270,7 +272,7 @@ def test_value_loss_never_rewards_running_ahead():
     assert (loss >= free["value/loss"] - 1e-6).all() and not torch.allclose(loss, free["value/loss"])
 
 
-def test_value_loss_on_agent_tokens_only(policy):
+def test_checklist_15_value_loss_on_agent_tokens_only(policy):
     """The critic's gradient is that of its values at agent tokens, by hand from the hidden states there."""
     batch = make_batch(mixed(policy), policy)
     step(policy, batch, replace(PLAIN, values_only=True))
@@ -293,7 +295,7 @@ def test_entropy_bonus_raises_entropy(policy):
 # ---- one optimiser step
 
 
-def test_first_epoch_ratio_is_exactly_one(policy):
+def test_checklist_09_first_epoch_ratio_is_exactly_one(policy):
     """Scored by the sampling policy at the sampling temperature, nothing is clipped and nothing has moved."""
     torch.manual_seed(0)
     generator = TransformersGenerator(policy.language_model)
@@ -307,6 +309,25 @@ def test_first_epoch_ratio_is_exactly_one(policy):
         assert abs(metrics["policy/kl_old"]) < 1e-6 and metrics["policy/clip_fraction"] == 0
         other, _ = step(policy, batch, replace(PLAIN, temperature=2.0))  # the wrong temperature is noticed
         assert other["policy/logprob_change_max"] > 1e-2
+
+
+@pytest.mark.parametrize("family", ["SmallLM", "Llama"])
+def test_checklist_08_what_was_sampled_is_what_is_scored(family):
+    """Whole conversations with the cache carried on; the gate is 1e-5, and stale log-probabilities show in every measure."""
+    policy = new_policy(family=family)
+    policy.codec = TurnCodec(policy.tokenizer, context="conversation")
+    tasks = [Task(str(i), str(2 + i)) for i in range(4)]
+    generator, config = TransformersGenerator(policy.language_model), RolloutConfig(4, max_new_tokens=3)
+    played = rollout(generator, CountingEnv(4), tasks, policy.codec, config, seed=1)
+    assert all(len(turn.logprobs) == len(turn.response_ids) > 0 for t in played for turn in t.turns)
+    found, _ = step(policy, make_batch(played, policy))
+    assert found["policy/logprob_change_max"] <= 1e-5 and found["policy/logprob_change"] <= 1e-5
+    assert abs(found["policy/kl_old"]) < 1e-6 and abs(found["policy/ratio"] - 1) < 1e-5
+    fresh = make_batch(played, policy)
+    stale, _ = step(policy, replace(fresh, old_logprobs=fresh.old_logprobs + 0.3))
+    assert stale["policy/logprob_change"] == pytest.approx(0.3, abs=1e-4)
+    assert stale["policy/ratio"] == pytest.approx(math.exp(-0.3), abs=1e-4)
+    assert stale["policy/kl_old"] == pytest.approx(math.exp(-0.3) - 1 + 0.3, abs=1e-4)
 
 
 def test_batch_1_accumulated_8_times_equals_batch_8():
@@ -325,7 +346,7 @@ def test_batch_1_accumulated_8_times_equals_batch_8():
     assert (ends[0] - ends[1]).abs().max() < 1e-5 and not torch.equal(ends[0], weights(new_policy()))
 
 
-def test_loss_is_normalised_by_the_agent_tokens_of_the_whole_step(policy):
+def test_checklist_14_loss_is_normalised_by_the_agent_tokens_of_the_whole_step(policy):
     """Long responses weigh by their tokens, however rows fall into micro-batches; doubling every row changes nothing."""
     batch = make_batch(mixed(policy, shift=0.2), policy)
     rows = list(range(len(batch.rows)))
@@ -338,7 +359,7 @@ def test_loss_is_normalised_by_the_agent_tokens_of_the_whole_step(policy):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_is_off_in_both_passes(checkpointing):
+def test_checklist_18_dropout_is_off_in_both_passes(checkpointing):
     """A model full of dropout, in training mode: ratio 1 at the first step, and the mode is as it was."""
     policy = new_policy(family="Llama", attention_dropout=0.5)
     policy.model.lm_head = nn.Sequential(nn.Dropout(0.5), policy.model.lm_head)

@@ -21,7 +21,7 @@ from dreamgym.training.trainer import Terminated, sigterm_interrupts
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_kill_9_at_3_random_points():
+def test_checklist_20_kill_9_at_3_random_points():
     script = ROOT / "tests" / "benchmarks" / "kill_resume.py"
     command = [sys.executable, str(script), "--points", "3", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -82,7 +82,7 @@ def test_sigterm_becomes_an_interrupt():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_every_random_generator_continues():
+def test_checklist_20_every_random_generator_continues():
     def draw():
         return random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()
 

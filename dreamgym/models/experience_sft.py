@@ -5,6 +5,7 @@
 # %% ../../nbs/models/23_experience_sft.ipynb #97d4f97c
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,8 @@ from ..environments.base_env import StateMapper
 from .reasoning_model import ExperiencePrompts, Query, render_target
 
 # %% auto #0
-__all__ = ['training_queries', 'encode_examples', 'endless_batches', 'learning_rate', 'balanced_rows', 'transition_kinds',
-           'example_loss', 'adamw', 'train_on_examples']
+__all__ = ['training_queries', 'encode_examples', 'split_experiences', 'endless_batches', 'learning_rate', 'balanced_rows',
+           'transition_kinds', 'example_loss', 'adamw', 'train_on_examples']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
 def training_queries(
@@ -55,6 +56,22 @@ def encode_examples(
     encoded = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
     ends = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     return list(zip(PromptEncoder(tokenizer)(prompts), ends, strict=True))
+
+# %% ../../nbs/models/23_experience_sft.ipynb #3754a001
+def split_experiences(
+    experiences: Sequence[Experience],
+    share: float = 0.1,  # of tasks or worlds that are held out, on average
+    by: str = "task_id",  # or 'world_id', 'episode_id', 'task_type'
+    seed: int = 0,
+) -> tuple[list[Experience], list[Experience]]:  # training, validation
+    """Splits rows by task or world. Raises DataError for rows that name none."""
+    parts: tuple[list[Experience], list[Experience]] = ([], [])
+    for e in experiences:
+        if not getattr(e, by):
+            raise DataError(f"split by {by}: expected every row to have one, got an empty one in {e.episode_id!r}")
+        digest = hashlib.blake2b(f"{seed} {getattr(e, by)}".encode(), digest_size=8).digest()
+        parts[int.from_bytes(digest, "big") < share * 2**64].append(e)
+    return parts
 
 # %% ../../nbs/models/23_experience_sft.ipynb #e68498c8
 def endless_batches(

@@ -11,7 +11,7 @@ from dreamgym.core.errors import DataError
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import make_environment
 from dreamgym.environments.offline import EXPERT, record
-from dreamgym.models.experience_sft import encode_examples, example_loss
+from dreamgym.models.experience_sft import encode_examples, example_loss, split_experiences
 from dreamgym.models.reasoning_model import ExperiencePrompts
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
 from dreamgym.training.fine_tuning import conversation_rows, fine_tune, refresh
@@ -98,3 +98,14 @@ def test_a_refresh_never_learns_from_dreams(env, rows, small):
         with pytest.raises(DataError, match="its own dreams"):
             refresh(model, small, fresh, ReasoningModelConfig())
     assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("by", ["task_id", "world_id", "episode_id"])
+def test_splits_never_share_a_task_or_a_world(rows, by):
+    train, held = split_experiences(rows, 0.4, by)
+    assert train and held and sorted(map(id, train + held)) == sorted(map(id, rows))
+    assert not {getattr(e, by) for e in train} & {getattr(e, by) for e in held}
+    assert split_experiences(rows[::-1], 0.4, by)[1] == held[::-1], "whatever the order"
+    assert split_experiences(rows, 0.0, by)[1] == [] and split_experiences(rows, 1.0, by)[0] == []
+    with pytest.raises(DataError, match=f"split by {by}"):
+        split_experiences([replace(rows[0], **{by: ""})], by=by)

@@ -272,7 +272,7 @@ def load_arm(
     """Weights, random generators, curriculum and counters of a checkpoint."""
     saved, folder = load_policy(manifest, loop.device), manifest.parent / facts["folder"]
     if lora_layers(loop.policy):
-        loop.policy.model.load_state_dict(load_file(folder / "adapters.safetensors", loop.device), strict=False)
+        loop.policy.model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
     else:
         loop.policy.model.load_state_dict(saved.model.state_dict())
     if optimizer:

@@ -12,20 +12,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from importlib import import_module
 from queue import Queue
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, TextIO
 
 from ..core.data_structures import Task
-from ..core.errors import DataError
 from .site_tasks import score, webarena_config
 from .sites import SiteServer
 from .web_state import Element, browser_call, read_page
 
 # %% auto #0
-__all__ = ['LONGEST', 'SharedBrowser', 'QuietChat', 'open_browser', 'site_task_class', 'register_site_tasks', 'print_page',
-           'WorkerEpisodes', 'read_requests', 'serve']
+__all__ = ['LONGEST', 'SharedBrowser', 'QuietChat', 'open_browser', 'read_elsewhere', 'last_answer', 'site_task_class',
+           'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'WorkerEpisodes', 'read_requests', 'serve']
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #483b0cc2
 class SharedBrowser:
@@ -88,6 +88,34 @@ _READ = """async ([url, locator]) => {
 }"""
 
 
+def read_elsewhere(
+    page: Any,  # Playwright's
+    url: str,
+    locator: str,  # JavaScript over `document`
+    tries: int = 4,
+) -> str:
+    """What a locator finds at another address of the same site; a page that is just coming is waited for."""
+    from playwright.sync_api import Error
+
+    for left in reversed(range(tries)):
+        try:
+            page.wait_for_load_state()
+            return page.evaluate(_READ, [url, locator])
+        except Error:
+            if not left:
+                raise
+            time.sleep(0.1)
+    raise AssertionError("unreachable")
+
+
+def last_answer(
+    messages: Sequence[Mapping[str, Any]],  # BrowserGym's chat
+) -> str | None:  # None: the agent has not answered
+    """What the agent said, if it spoke last."""
+    said = messages[-1] if messages else {"role": "user"}
+    return {"assistant": said.get("message"), "infeasible": "N/A"}.get(said["role"])
+
+# %% ../../nbs/environments/15c_browser_worker.ipynb #e97f13ff
 @lru_cache(maxsize=1)
 def site_task_class() -> type:
     """`SiteTask`, a BrowserGym task; made when it is asked for, because BrowserGym is an optional package."""
@@ -112,13 +140,11 @@ def site_task_class() -> type:
         def validate(self, page: Any, chat_messages: Sequence[Mapping[str, Any]]) -> tuple[float, bool, str, dict]:
             if not f"{page.url}/".startswith(self.url + "/"):
                 return 0.0, True, "", {"error": f"left the site for {page.url}"}
-            said = chat_messages[-1] if chat_messages else {"role": "user"}
-            answer = {"assistant": said.get("message"), "infeasible": "N/A"}.get(said["role"])
-            changes, kinds = self.server.changes if self.server else -1, self.config["eval"]["eval_types"]
-            if answer is None and "program_html" in kinds and changes == self.checked:
+            answer, changes = last_answer(chat_messages), self.server.changes if self.server else -1
+            if answer is None and "program_html" in self.config["eval"]["eval_types"] and changes == self.checked:
                 return 0.0, False, "", {}
             self.checked = max(changes, 0)
-            found = score(self.config["eval"], page.url, answer, lambda *where: page.evaluate(_READ, list(where)))
+            found = score(self.config["eval"], page.url, answer, partial(read_elsewhere, page))
             return found, bool(found) or answer is not None, "", {}
 
         def teardown(self) -> None:
@@ -165,58 +191,68 @@ def print_page(
     raise AssertionError("unreachable")
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #ccae9e70
+def make_env(
+    task: Mapping[str, Any],  # `config` with a `world` of ours or an `address`; or `gym`, an id that BrowserGym knows
+    how: Mapping[str, Any],  # arguments of BrowserGym's environment
+    server: SiteServer,
+) -> Any:  # BrowserGym's environment
+    """A fresh environment for one episode."""
+    if "gym" in task:
+        import gymnasium
+
+        import_module(task["package"])
+        return gymnasium.make(task["gym"], disable_env_checker=True, **how).unwrapped
+    from browsergym.core.env import BrowserEnv
+
+    known = {"config": task["config"], "world": task.get("world", 0), "site": task.get("address") or server}
+    return BrowserEnv(task_entrypoint=partial(site_task_class(), **known), **how)
+
+# %% ../../nbs/environments/15c_browser_worker.ipynb #57bdf6ee
+def fast_settings() -> dict[str, Any]:
+    """Arguments of BrowserGym's environment: WebArena's actions, no delays, no screenshots."""
+    from browsergym.core.action.highlevel import HighLevelActionSet
+
+    actions = HighLevelActionSet(subsets=["webarena"], multiaction=False)
+    how = {"headless": True, "slow_mo": 0, "pre_observation_delay": 0.0, "use_raw_page_output": True}
+    return how | {"action_mapping": actions.to_python_code}
+
+# %% ../../nbs/environments/15c_browser_worker.ipynb #7e0b7df2
 class WorkerEpisodes:
     """The episodes of one browser."""
 
     def __init__(self, chromium: str):
-        from browsergym.core.action.highlevel import HighLevelActionSet
-
-        self.browser, self.server = open_browser(chromium), SiteServer()
+        self.browser, self.server, self.how = open_browser(chromium), SiteServer(), fast_settings()
         self.env: Any = None  # BrowserGym's, while an episode runs
         self.elements: list[Element] = []
-        actions = HighLevelActionSet(subsets=["webarena"], multiaction=False)
-        how = {"headless": True, "slow_mo": 0, "pre_observation_delay": 0.0, "use_raw_page_output": True}
-        self.how: dict[str, Any] = how | {"action_mapping": actions.to_python_code}
 
     def reset(self, task: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """Starts an episode: `config` with a `world` of ours or an `address`; or `gym`, an id that BrowserGym knows."""
+        """Starts an episode."""
         self.close()
-        self.env = self._make(task, self.how | task.get("how", {}))
+        self.env = make_env(task, self.how | task.get("how", {}), self.server)
         found, _ = self.env.reset(seed=seed)
         return self._answer(0.0, False, "") | {"goal": found["goal"]}
 
     def step(self, action: str) -> dict[str, Any]:
         """One action; one that cannot have an effect never reaches the browser."""
-        if self.env is None:
-            raise DataError("no episode is running; send reset first")
+        assert self.env is not None, "no episode is running; send reset first"
         call, problem = browser_call(action, self.elements)
         if problem:
             return self._answer(0.0, False, problem)
         _, reward, terminated, _, _ = self.env.step(call)
-        return self._answer(float(reward), bool(terminated), self.env.last_action_error)
+        answer = self._answer(float(reward), bool(terminated), self.env.last_action_error)
+        if getattr(self.env.task, "server", None) and self.env.task.checked != self.server.changes and not terminated:
+            reward, terminated, *_ = self.env.task.validate(self.env.page, self.env.chat.messages)  # a form came late
+        return answer | {"reward": float(reward), "terminated": bool(terminated)}
 
     def close(self) -> None:
         """Ends the episode, if there is one."""
-        env, self.env = self.env, None
-        if env is not None:
-            env.close()
-
-    def _make(self, task: Mapping[str, Any], how: Mapping[str, Any]) -> Any:
-        if "gym" in task:
-            import gymnasium
-
-            __import__(task["package"])
-            return gymnasium.make(task["gym"], disable_env_checker=True, **how).unwrapped
-        from browsergym.core.env import BrowserEnv
-
-        site = task.get("address") or self.server
-        known = {"config": task["config"], "world": task.get("world", 0), "site": site}
-        return BrowserEnv(task_entrypoint=partial(site_task_class(), **known), **how)
+        if self.env is not None:
+            self.env.close()
+        self.env = None
 
     def _answer(self, reward: float, terminated: bool, error: str) -> dict[str, Any]:
-        page = self.env.page
-        head = f"url: {page.url}\n" + (f"error: {' '.join(error.split())[:300]}\n" if error else "")
-        observation = head + print_page(page)
+        problem = f"error: {' '.join(error.split())[:300]}\n" if error else ""
+        observation = f"url: {self.env.page.url}\n{problem}{print_page(self.env.page)}"
         self.elements = read_page(observation).elements
         return {"observation": observation, "reward": reward, "terminated": terminated, "error": error}
 
@@ -252,7 +288,7 @@ def serve(
         sink.flush()
     episodes.close()
 
-
+# %% ../../nbs/environments/15c_browser_worker.ipynb #a16a4fd5
 if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[0].endswith("browser_worker.py"):
     answers, sys.stdout = sys.stdout, sys.stderr  # what packages print must not mix with the answers
     serve(sys.argv[1], sink=answers)

@@ -32,16 +32,14 @@ __all__ = ['Rule', 'RULES', 'SOLVED', 'SEEDS', 'press', 'fields', 'fill_all', 't
 def press(
     s: WebState,
     *names: str,  # descriptions; the first that is there
-    role: str = "",  # of the line; '': any but a field
 ) -> str:  # 'click 3'; '' if there is none
-    """A click on a line."""
+    """A click on a line that is no field; the same letters go before the same words."""
+    pairs = [(i, *line.partition(": ")[::2]) for i, line in enumerate(s.lines, 1)]
+    shown = [(i, rest.partition(" = ")[0].strip()) for i, role, rest in pairs if role not in FIELDS]
     for name in names:
-        for number, line in enumerate(s.lines, 1):
-            kind, _, rest = line.partition(": ")
-            if rest.partition(" = ")[0].strip().lower() == name.lower() and (
-                kind == role or not role and kind not in FIELDS
-            ):
-                return f"click {number}"
+        found = [i for i, text in shown if text == name] or [i for i, text in shown if text.lower() == name.lower()]
+        if found:
+            return f"click {found[0]}"
     return ""
 
 
@@ -53,7 +51,7 @@ def fields(
     pairs = [(number, line.partition(":")[2], line.partition(":")[0]) for number, line in enumerate(s.lines, 1)]
     return [(number, rest.partition(" = ")[2]) for number, rest, role in pairs if role in roles]
 
-
+# %% ../../nbs/environments/15g_miniwob.ipynb #c51790d1
 def fill_all(
     s: WebState,
     *values: str,  # for the first fields
@@ -103,7 +101,7 @@ def look_in_tabs(s: WebState, turn: int, found: Sequence[str]) -> str:
     tabs = [i for i, line in enumerate(s.lines, 1) if line.startswith("tab: ")]
     return f"click {tabs[turn % len(tabs)]}" if tabs else "click 1"
 
-
+# %% ../../nbs/environments/15g_miniwob.ipynb #5db96f66
 def solve_arithmetic(s: WebState, turn: int, found: Sequence[str]) -> str:
     """'4 x 5 =' in the page."""
     sign = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a * b}
@@ -135,7 +133,7 @@ def read_value(s: WebState, turn: int, found: Sequence[str]) -> str:
     key = next((i for i, text in enumerate(said[:-1]) if text == found[0]), None)
     return "" if key is None else fill_all(s, said[key + 1])
 
-
+# %% ../../nbs/environments/15g_miniwob.ipynb #c7e4fd77
 def nth_word(s: WebState, turn: int, found: Sequence[str]) -> str:
     """A word of the page's paragraph."""
     words = re.findall(r"[\w'-]+", max(texts(s), key=len))
@@ -169,7 +167,7 @@ def date(s: WebState, turn: int, found: Sequence[str]) -> str:
     month, day, year = found
     return fill_all(s, f"{year}-{month}-{day}") if turn < 1 else press(s, "Submit")
 
-
+# %% ../../nbs/environments/15g_miniwob.ipynb #2274e914
 def time_of_day(s: WebState, turn: int, found: Sequence[str]) -> str:
     """A browser's time field takes 24 hours."""
     hour = int(found[0]) % 12 + (12 if found[2] == "PM" else 0)
@@ -226,7 +224,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"Select (.*) and click Submit", check_all),
 )
 
-
+# %% ../../nbs/environments/15g_miniwob.ipynb #5462b62f
 def scripted_action(
     state: str,
     turn: int,  # actions so far in the episode
@@ -264,7 +262,7 @@ def task_names() -> list[str]:
 
 SEEDS: Mapping[str, int] = MappingProxyType({"train": 0, "seen": 1000, "valid": 2000, "unseen": 3000})
 
-
+# %% ../../nbs/environments/15g_miniwob.ipynb #9313639d
 def miniwob_tasks(
     split: str,
     episodes: int = 5,  # of each task
@@ -288,7 +286,8 @@ def expert(
     seed: int | None = None,  # the script has no choice
 ) -> str:  # the next action
     """The script's next action in a slot."""
-    return scripted_action(env.state(slot), env.turn(slot))
+    running = env.running(slot)
+    return scripted_action(running.state, running.turn)
 
 
 def build(

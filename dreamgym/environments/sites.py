@@ -70,7 +70,7 @@ def forum_records(rng: random.Random) -> dict[str, list[tuple]]:
             rows.append((len(rows) + 1, title, board, rng.choice(people), rng.randint(2, 40), 0))
     return {"post": rows, "person": [(name, rng.randint(2, 40)) for name in people]}
 
-
+# %% ../../nbs/environments/15_sites.ipynb #ac473600
 def tracker_records(rng: random.Random) -> dict[str, list[tuple]]:
     """Three projects with two or three issues each, and four people to work on them."""
     people, titles = rng.sample(PEOPLE, 4), iter(pick_names(rng, ISSUES, 9))
@@ -162,7 +162,7 @@ def form(
     kept = [f'<input type="hidden" name="{name}" value="{escape(str(value))}">' for name, value in hidden.items()]
     return f'<form action="{path}" method="{method}">{"".join([*kept, *fields])}</form>'
 
-
+# %% ../../nbs/environments/15_sites.ipynb #f283dbb1
 def button(label: str) -> str:
     """A button that sends its form."""
     return f"<button>{escape(label)}</button>"
@@ -207,7 +207,7 @@ def _products(db: sqlite3.Connection, where: str, value: str) -> list[str]:
     rows = db.execute(f"SELECT id, name FROM product WHERE {where}", (value,))
     return [link(name, f"/product/{id_}") for id_, name in rows]
 
-
+# %% ../../nbs/environments/15_sites.ipynb #f8b1ec66
 def _cart(rows: Sequence[tuple[int, str]]) -> list[str]:
     """Each product can be removed, all together can be bought."""
     lines = [
@@ -265,7 +265,7 @@ def _post(db: sqlite3.Connection, row: tuple) -> list[str]:
     author = link(row[3], f"/person/{row[3]}")
     return [author, text(f"votes {row[4]}"), vote, reply, *(text(f"{who} says {what}") for who, what in said)]
 
-
+# %% ../../nbs/environments/15_sites.ipynb #92e83be0
 def forum_post(
     db: sqlite3.Connection,
     path: str,
@@ -305,7 +305,7 @@ def tracker_page(
         return Page(row[1], [text(f"status {row[3]}"), assign, change])
     return None
 
-
+# %% ../../nbs/environments/15_sites.ipynb #b05958e8
 def tracker_post(
     db: sqlite3.Connection,
     path: str,

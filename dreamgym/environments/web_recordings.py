@@ -56,7 +56,7 @@ def episode_line(
     steps[-1] |= ends
     return shared | {"success": rows[-1].success, "steps": steps, "final_state": rows[-1].next_state}
 
-
+# %% ../../nbs/environments/16b_web_recordings.ipynb #8eba155c
 def record_web(
     env: Environment,
     tasks: Sequence[Task],
@@ -80,7 +80,7 @@ def record_web(
     )
     return report
 
-
+# %% ../../nbs/environments/16b_web_recordings.ipynb #9d99d772
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Records browser episodes on the embedded sites.")

@@ -30,7 +30,7 @@ found = judge.evaluate_task(
 print("\\n" + json.dumps({"score": found.score, "status": str(found.status.value), "error": found.error_msg}))
 """
 
-
+# %% ../../nbs/environments/15h_web_scoring.ipynb #330e504e
 def verified_score(
     task_id: int,  # WebArena's number
     answer: Mapping[str, Any],  # 'task_type', 'status', 'retrieved_data'

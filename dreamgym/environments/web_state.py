@@ -15,7 +15,7 @@ from ..core.data_structures import Task
 # %% auto #0
 __all__ = ['FIELDS', 'LISTS', 'SWITCHES', 'CONTROLS', 'MAX_LINES', 'MAX_WORDS', 'fold', 'Element', 'Node', 'read_nodes',
            'WebPage', 'read_page', 'read_element', 'WebState', 'parse_state', 'write_change', 'apply_change', 'Command',
-           'read_command', 'browser_call', 'phrases', 'possible_actions', 'WebMapper']
+           'read_command', 'browser_call', 'phrases', 'possible_actions', 'state_of', 'WebMapper']
 
 # %% ../../nbs/environments/15b_web_state.ipynb #d86b081a
 FIELDS = ("textbox", "searchbox", "spinbutton", "Date", "InputTime")
@@ -116,7 +116,7 @@ def read_page(
             page.elements.append(element)
     return page
 
-
+# %% ../../nbs/environments/15b_web_state.ipynb #276285e7
 def read_element(
     node: Node,
     inside: Element | None,  # the control around the node
@@ -200,7 +200,7 @@ def write_change(
 
 _LINE = re.compile(r"\[ ?(\d+) ?\] ?(\w+)(?::| |$) ?(.*)$")
 
-
+# %% ../../nbs/environments/15b_web_state.ipynb #fd39d4cf
 def apply_change(
     state: str,
     change: str,  # as written by `write_change`, or by a model
@@ -223,9 +223,17 @@ def apply_change(
 
 # %% ../../nbs/environments/15b_web_state.ipynb #189fad3a
 _SHORT = re.compile(r"(click|fill|choose) (\d+)(?: (.*))?$|answer (.*)$")
+
+
 _CALL = re.compile(r"(\w+)\((.*)\)$", re.S)
+
+
 _BY_ID = ("click", "fill", "select_option", "hover")
+
+
 _FREE = ("scroll", "keyboard_press", "tab_focus", "new_tab", "go_back", "go_forward", "goto", "tab_close", "noop")
+
+
 _SAY = "send_msg_to_user"
 
 
@@ -237,7 +245,7 @@ class Command:
     number: int = 0  # of a line
     value: str = ""  # text, option, answer, or the call
 
-
+# %% ../../nbs/environments/15b_web_state.ipynb #4b9e697a
 def read_command(
     action: str,
 ) -> Command:
@@ -330,17 +338,28 @@ def possible_actions(
     return actions + [f"answer {answer}" for answer in dict.fromkeys(answers) if asks and answer]
 
 # %% ../../nbs/environments/15b_web_state.ipynb #ec262aaa
+def state_of(
+    task: str,
+    page: WebPage,
+) -> WebState:
+    """A page as a state; too many lines are counted, not shown."""
+    lines = [element.text() for element in page.elements]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"text: {len(lines) - MAX_LINES + 1} more elements"]
+    return WebState(task, page.title or "untitled", lines)
+
+# %% ../../nbs/environments/15b_web_state.ipynb #0e4c5342
 class WebMapper:
     """Abstract states of web pages; a `StateMapper`."""
 
     def start(self, task: Task, observation: str) -> str:
         """The state before the first action."""
-        return self._state(fold(task.instruction, 200), read_page(observation)).text()
+        return state_of(fold(task.instruction, 200), read_page(observation)).text()
 
     def update(self, state: str, action: str, observation: str) -> str:
         """The state after an action; an error that left the page as it was is a failed action."""
         before, page = parse_state(state), read_page(observation)
-        after = self._state(before.task, page)
+        after = state_of(before.task, page)
         if page.error and (after.page, after.lines) == (before.page, before.lines):
             return self.merge(state, f"fail {action}")
         return after.text()
@@ -367,9 +386,3 @@ class WebMapper:
         command = read_command(action)
         line = parse_state(state).line(command.number)
         return command.verb in ("click", "call") and bool(line) and not line.startswith("text: ")
-
-    def _state(self, task: str, page: WebPage) -> WebState:
-        lines = [element.text() for element in page.elements]
-        if len(lines) > MAX_LINES:
-            lines = [*lines[: MAX_LINES - 1], f"text: {len(lines) - MAX_LINES + 1} more elements"]
-        return WebState(task, page.title or "untitled", lines)

@@ -21,7 +21,7 @@ from urllib.request import urlopen
 from ..core.data_structures import Task
 from ..core.errors import ConfigError, EnvironmentFailure, MissingExtra, unknown_name
 from .base_env import Environment, TranscriptMapper
-from .browser import BrowserPool, BrowserSettings, WebEnv, find_chromium, require_browsergym
+from .browser import WebEnv, WebPlay, open_pool
 from .site_tasks import feasible, site_tasks, vary, webarena_config
 from .sites import SITES
 from .web_rules import expert_action, is_determined, reasoning_trace, violations
@@ -39,6 +39,8 @@ OFFICIAL: Mapping[str, tuple[str, str]] = MappingProxyType(
         "webarenalite": ("browsergym.webarenalite", "test_webarena_lite.raw.json"),
     }
 )
+
+
 OFFICIAL_SITES = ("shopping", "shopping_admin", "reddit", "gitlab", "wikipedia", "map")
 
 
@@ -63,7 +65,7 @@ def site_problem(
     except (URLError, OSError, ValueError) as error:
         return f"no answer: {getattr(error, 'reason', error)}"
 
-
+# %% ../../nbs/environments/15f_webarena.ipynb #fb9147e4
 def readiness(
     tasks: Sequence[Mapping[str, Any]],  # in WebArena's format
     addresses: Mapping[str, str],
@@ -98,7 +100,7 @@ def official_tasks(
     benchmark: str,
     split: str = "unseen",
 ) -> list[Task]:
-    """Tasks that can run with the sites that answer. Raises EnvironmentFailure, with each site's problem, if none can."""
+    """Tasks whose sites answer. Raises EnvironmentFailure, with each site's problem, if there are none."""
     configs = official_configs(benchmark)
     report = readiness(configs, site_addresses())
     if not report["ready"]:
@@ -106,7 +108,7 @@ def official_tasks(
     chosen = [c for c in configs if c["task_id"] in set(report["ready"])] if split == "unseen" else []
     return [official_task(benchmark, config, split) for config in chosen]
 
-
+# %% ../../nbs/environments/15f_webarena.ipynb #d028a557
 def official_task(benchmark: str, config: Mapping[str, Any], split: str) -> Task:
     """A task of WebArena; its kind and its world are its sites."""
     sites = "+".join(config["sites"])
@@ -133,7 +135,7 @@ def expert(
     seed: int | None = None,  # the way is always the same
 ) -> str:  # the next action
     """The scripted solution's next action in a slot; it sees the state only."""
-    return expert_action(env.state(slot))
+    return expert_action(env.running(slot).state)
 
 # %% ../../nbs/environments/15f_webarena.ipynb #9a45f104
 TURNS = {"embedded": 12, "official": 30}
@@ -167,7 +169,7 @@ def build(
     known = built.info | {"sites": list(SITES), "data": "generated"} if built.info else {}
     return replace(built, expert=expert, vary=vary, feasible=feasible, info=known, **rules)
 
-
+# %% ../../nbs/environments/15f_webarena.ipynb #ced62500
 def web_environment(
     config: Any,  # EnvironmentConfig
     name: str,
@@ -176,15 +178,12 @@ def web_environment(
     python: str = sys.executable,  # of the workers
 ) -> Environment:
     """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps, where these are missing."""
-    if python == sys.executable:
-        require_browsergym()
-    settings = BrowserSettings(find_chromium(config.browser), python)
-    pool, mapper = BrowserPool(settings), WebMapper() if config.mapper else TranscriptMapper()
-    limit = config.max_episode_steps or turns
-    most = config.browsers
+    pool, mapper = open_pool(config.browser, python), WebMapper() if config.mapper else TranscriptMapper()
+    limit, most = config.max_episode_steps or turns, config.browsers
+    play = WebPlay(pool, worker_request, mapper, limit)
 
     def make(slots: int) -> WebEnv:
-        return WebEnv(slots, pool, worker_request, mapper, limit, most)
+        return WebEnv(slots, play, most)
 
-    known = {"max_turns": limit, "browser": os.path.basename(settings.chromium)}
+    known = {"max_turns": limit, "browser": os.path.basename(pool.settings.chromium)}
     return Environment(name, mapper, limit, tasks, make, info=known, max_slots=most)

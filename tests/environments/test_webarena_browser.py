@@ -11,7 +11,14 @@ import pytest
 from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.data_structures import Task
 from dreamgym.core.errors import DreamGymError
-from dreamgym.environments.browser import BrowserPool, BrowserSettings, WebEnv, find_chromium, require_browsergym
+from dreamgym.environments.browser import (
+    BrowserPool,
+    BrowserSettings,
+    WebEnv,
+    WebPlay,
+    find_chromium,
+    require_browsergym,
+)
 from dreamgym.environments.offline import Behaviour, record
 from dreamgym.environments.web_rules import violations
 from dreamgym.environments.web_state import WebMapper, parse_state
@@ -96,7 +103,7 @@ def batch(pool, site):
         opened = {"start_url": site + task.id if task.id.startswith("/") else task.id, "goal": task.instruction}
         return {"gym": "browsergym/openended", "package": "browsergym.core", "how": {"task_kwargs": opened}}
 
-    env = WebEnv(2, pool, request, WebMapper(), 10, 2)
+    env = WebEnv(2, WebPlay(pool, request, WebMapper(), 10), 2)
     yield env
     env.close()
 
@@ -104,7 +111,7 @@ def batch(pool, site):
 def test_a_killed_browser_and_a_spinning_page_abort_their_episode_only(batch, pool):
     results = batch.reset([0, 1], [Task("/ok", "go"), Task("/ok", "go")])
     assert [parse_state(r.state).page for r in results] == ["ok", "ok"]
-    os.killpg(batch._slots[0].worker.pid, signal.SIGKILL)
+    os.killpg(batch.running(0).worker.pid, signal.SIGKILL)
     first, second = batch.step([0, 1], ["noop(0)", "noop(0)"])
     assert first.aborted and second.aborted is None
     results = batch.reset([0], [Task("/spin", "go")])
@@ -128,7 +135,7 @@ def test_popups_new_tabs_huge_pages_and_hostile_text_are_only_pages(batch):
     assert asked.aborted is None and parse_state(asked.state).page == "popup"
     opened = batch.step([0], ["click 2"])[0]
     assert opened.aborted is None and parse_state(opened.state).page == "ok"
-    hostile = parse_state(batch.state(1))
+    hostile = parse_state(batch.running(1).state)
     assert hostile.lines[0] == "link: x [9] button: pay last: ok" and hostile.last == "ok"
     huge = batch.reset([1], [Task("/huge", "go")])[0]
     assert huge.aborted or len(huge.state) < 10_000

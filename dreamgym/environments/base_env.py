@@ -221,12 +221,8 @@ class GymnasiumBatchEnv:
     """
 
     def __init__(self, make: Callable[[], Any], slots: int, mapper: StateMapper | None = None):
-        self._envs, self._mapper, self._states = [make() for _ in range(slots)], mapper, [""] * slots
-
-    @property
-    def envs(self) -> list[Any]:
-        """One environment for each slot; an expert may look into them."""
-        return self._envs
+        self.envs = self._envs = [make() for _ in range(slots)]  # an expert may look into them
+        self._mapper, self._states = mapper, [""] * slots
 
     def reset(self, slots, tasks, seeds=None) -> list[StepResult]:
         """Fresh episodes; the environment gets the task's id, instruction and metadata as options."""

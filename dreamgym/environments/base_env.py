@@ -215,13 +215,10 @@ def gymnasium_result(
 
 # %% ../../nbs/environments/10_base_env.ipynb #cf6f1b06
 class GymnasiumBatchEnv:
-    """`BatchEnv` over text environments with gymnasium's interface, one per slot.
-
-    `make()` makes one environment (string observations, string actions); without a mapper, state = observation.
-    """
+    """`BatchEnv` over text environments with gymnasium's interface; without a mapper, state = observation."""
 
     def __init__(self, make: Callable[[], Any], slots: int, mapper: StateMapper | None = None):
-        self.envs = self._envs = [make() for _ in range(slots)]  # an expert may look into them
+        self.envs = self._envs = [make() for _ in range(slots)]  # strings in and out; an expert may look into them
         self._mapper, self._states = mapper, [""] * slots
 
     def reset(self, slots, tasks, seeds=None) -> list[StepResult]:

@@ -22,7 +22,10 @@ TORCH_ROOMS = {
     "core.language_model",
     "core.generators",
     "models.experience_sft",
-    *(f"training.{name}" for name in ("policy", "rollout", "play", "advantages", "ppo", "grpo", "baselines", "trl_baselines")),
+    *(
+        f"training.{name}"
+        for name in ("policy", "rollout", "play", "advantages", "ppo", "grpo", "baselines", "trl_baselines")
+    ),
     *(f"training.{name}" for name in ("preparation", "checkpoints", "scale", "arms", "trainer", "fine_tuning")),
     *(f"training.{name}" for name in ("train", "evaluate")),
 }

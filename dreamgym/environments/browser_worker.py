@@ -25,7 +25,8 @@ from .web_state import Element, browser_call, read_page
 
 # %% auto #0
 __all__ = ['LONGEST', 'SharedBrowser', 'QuietChat', 'open_browser', 'read_elsewhere', 'last_answer', 'site_task_class',
-           'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'WorkerEpisodes', 'read_requests', 'serve']
+           'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'act', 'WorkerEpisodes', 'read_requests',
+           'serve']
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #483b0cc2
 class SharedBrowser:
@@ -92,7 +93,7 @@ def read_elsewhere(
     page: Any,  # Playwright's
     url: str,
     locator: str,  # JavaScript over `document`
-    tries: int = 4,
+    tries: int = 30,  # a tenth of a second apart
 ) -> str:
     """What a locator finds at another address of the same site; a page that is just coming is waited for."""
     from playwright.sync_api import Error
@@ -171,7 +172,7 @@ LONGEST = 400_000  # characters of an observation
 
 def print_page(
     page: Any,  # Playwright's
-    tries: int = 4,
+    tries: int = 30,  # a tenth of a second apart
 ) -> str:  # the accessibility tree
     """The page as BrowserGym prints it."""
     from browsergym.core.observation import MarkingError, _post_extract, _pre_extract, extract_merged_axtree
@@ -180,6 +181,7 @@ def print_page(
 
     for left in reversed(range(tries)):
         try:
+            page.wait_for_load_state("domcontentloaded")
             _pre_extract(page, tags_to_mark="standard_html", lenient=not left)
             tree = extract_merged_axtree(page)
             _post_extract(page)
@@ -217,6 +219,19 @@ def fast_settings() -> dict[str, Any]:
     return how | {"action_mapping": actions.to_python_code}
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #7e0b7df2
+def act(
+    env: Any,  # BrowserGym's
+    call: str,
+    tries: int = 3,
+) -> tuple[float, bool]:  # reward, and whether the episode is over
+    """One action; BrowserGym gives an element half a second, which a busy machine needs more than once."""
+    for _ in range(tries):
+        _, reward, terminated, _, _ = env.step(call)
+        if terminated or not env.last_action_error.startswith("TimeoutError"):
+            break
+    return reward, terminated
+
+# %% ../../nbs/environments/15c_browser_worker.ipynb #6cf9a551
 class WorkerEpisodes:
     """The episodes of one browser."""
 
@@ -238,7 +253,7 @@ class WorkerEpisodes:
         call, problem = browser_call(action, self.elements)
         if problem:
             return self._answer(0.0, False, problem)
-        _, reward, terminated, _, _ = self.env.step(call)
+        reward, terminated = act(self.env, call)
         answer = self._answer(float(reward), bool(terminated), self.env.last_action_error)
         if getattr(self.env.task, "server", None) and self.env.task.checked != self.server.changes and not terminated:
             reward, terminated, *_ = self.env.task.validate(self.env.page, self.env.chat.messages)  # a form came late

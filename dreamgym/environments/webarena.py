@@ -177,7 +177,7 @@ def web_environment(
     turns: int,  # where the config names no limit
     python: str = sys.executable,  # of the workers
 ) -> Environment:
-    """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps, where these are missing."""
+    """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps."""
     pool, mapper = open_pool(config.browser, python), WebMapper() if config.mapper else TranscriptMapper()
     limit, most = config.max_episode_steps or turns, config.browsers
     play = WebPlay(pool, worker_request, mapper, limit)

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,25 +36,13 @@ def episode_line(
 ) -> dict[str, Any]:  # as `read_trajectories` understands it
     """An episode as one JSON object."""
     every = [to_row(row) for row in rows]
-    own = {
-        "state",
-        "next_state",
-        "turn",
-        "observation",
-        "action",
-        "reward",
-        "reasoning",
-        "policy",
-        "terminated",
-        "truncated",
-    }
-    shared = {key: value for key, value in every[0].items() if key not in own and value not in ("", 0, None, True)}
     kept = ("state", "action", "reward", "reasoning", "policy", "terminated", "truncated")
+    own = {*kept, "next_state", "turn", "observation"}
+    shared = {key: value for key, value in every[0].items() if key not in own and value not in ("", 0, None, True)}
     steps = [
         {key: row[key] for key in kept if row[key] not in (0, False, "")} | {"reward": row["reward"]} for row in every
     ]
-    ends = {"terminated": rows[-1].terminated, "truncated": rows[-1].truncated}
-    steps[-1] |= ends
+    steps[-1] |= {"terminated": rows[-1].terminated, "truncated": rows[-1].truncated}
     return shared | {"success": rows[-1].success, "steps": steps, "final_state": rows[-1].next_state}
 
 # %% ../../nbs/environments/16b_web_recordings.ipynb #8eba155c
@@ -95,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record_web(env, env.tasks("train")[: asked.tasks], project_path(asked.out), asked.seed)
 
 
-if __name__ == "__main__" and __file__.endswith("web_recordings.py"):
+if __name__ == "__main__" and "ipykernel" not in sys.modules and "nbdev" not in sys.modules:
     main()
 
 # %% ../../nbs/environments/16b_web_recordings.ipynb #ce334cee
@@ -112,7 +101,8 @@ def web_episode(
     for i, step in enumerate(steps):
         last, action = i == len(steps) - 1, own_action(str(step["action"]), trees[i])
         after = state if last else mapper.update(state, action, trees[i + 1])
-        origin = {"task_id": name, "instruction": goal, "episode_id": name, "turn": i, "success": won > 0}
+        origin: dict[str, Any] = {"task_id": name, "instruction": goal, "episode_id": name}
+        origin |= {"turn": i, "success": won > 0}
         rows.append(Experience(state, action, won if last else 0.0, after, last, policy="recorded", **origin))
         state = after
     return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from .reasoning_model import ExperiencePrompts, Query, render_target
 
 # %% auto #0
 __all__ = ['training_queries', 'encode_examples', 'split_experiences', 'endless_batches', 'learning_rate', 'balanced_rows',
-           'transition_kinds', 'example_loss', 'adamw', 'train_on_examples']
+           'transition_kinds', 'verb_of', 'example_loss', 'adamw', 'train_on_examples']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
 def training_queries(
@@ -106,6 +107,9 @@ def learning_rate(
     return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
 
 # %% ../../nbs/models/23_experience_sft.ipynb #2ba952dc
+_VERB = re.compile(r'\{"name": "(\w+)"|(\w+)')
+
+
 def balanced_rows(
     experiences: Sequence[Experience],
     mapper: StateMapper,
@@ -127,12 +131,20 @@ def transition_kinds(
 ) -> list[tuple[str, str]]:  # such as ('take', 'failed'); a word that never worked is no verb
     """Verb and outcome of each transition."""
     failed = [mapper.merge(e.state, f"fail {e.action}") == e.next_state for e in experiences]
-    verbs = {e.action.split(" ")[0] for e, lost in zip(experiences, failed, strict=True) if not lost}
     outcomes = [
         "rewarded" if e.reward > 0 else "failed" if f else "worked" for e, f in zip(experiences, failed, strict=True)
     ]
-    words = [e.action.split(" ")[0] for e in experiences]
+    words = [verb_of(e.action) for e in experiences]
+    verbs = {word for word, lost in zip(words, failed, strict=True) if not lost}
     return [(word if word in verbs else "", outcome) for word, outcome in zip(words, outcomes, strict=True)]
+
+
+def verb_of(
+    action: str,
+) -> str:  # 'take' of 'take mug 1', 'search' of 'search[mug]', 'show' of '{"name": "show", …}'
+    """What kind of action this is, whatever it acts on."""
+    found = _VERB.match(action)
+    return (found[1] or found[2]) if found else ""
 
 # %% ../../nbs/models/23_experience_sft.ipynb #dcf7b299
 def example_loss(

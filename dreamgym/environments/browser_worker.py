@@ -225,10 +225,17 @@ def act(
     tries: int = 3,
 ) -> tuple[float, bool]:  # reward, and whether the episode is over
     """One action; BrowserGym gives an element half a second, which a busy machine needs more than once."""
+    known, opens = set(env.context.pages), call.startswith("click") and env.page.locator("[target=_blank]").count()
     for _ in range(tries):
         _, reward, terminated, _, _ = env.step(call)
-        if terminated or not env.last_action_error.startswith("TimeoutError"):
+        problem = env.last_action_error
+        if terminated or not problem.startswith("TimeoutError") or "action done" in problem:  # never act twice
             break
+    for _ in range(10 if opens and not terminated else 0):
+        if new := set(env.context.pages) - known:  # a new tab is where the agent looks
+            env._activate_page_from_js(new.pop())
+            break
+        env.page.wait_for_timeout(30)  # milliseconds
     return reward, terminated
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #6cf9a551

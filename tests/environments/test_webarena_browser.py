@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -123,7 +124,11 @@ def test_a_killed_browser_and_a_spinning_page_abort_their_episode_only(batch, po
 
 
 def test_a_site_that_is_down_and_a_page_that_never_loads_are_told(batch):
-    down, fine = batch.reset([0, 1], [Task("http://127.0.0.1:9/", "go"), Task("/ok", "go")])
+    with socket.socket() as nobody:  # a port that is taken, with nobody listening
+        nobody.bind(("127.0.0.1", 0))
+        down, fine = batch.reset(
+            [0, 1], [Task(f"http://127.0.0.1:{nobody.getsockname()[1]}/", "go"), Task("/ok", "go")]
+        )
     assert "ERR_CONNECTION_REFUSED" in down.aborted and fine.aborted is None
     result = batch.step([1], ["click 1"])[0]
     assert result.aborted or parse_state(result.state).page == "ok"

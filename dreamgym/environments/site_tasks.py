@@ -144,7 +144,7 @@ def forum_goals(records: Mapping[str, list[tuple]]) -> list[tuple[str, dict[str,
         goals.append((f"post {TITLES[i]} in {board}", shown(f"__SITE__/board/{board}", {"must_include": [TITLES[i]]})))
     return goals
 
-
+# %% ../../nbs/environments/15a_site_tasks.ipynb #06ec1d98
 def tracker_goals(records: Mapping[str, list[tuple]]) -> list[tuple[str, dict[str, Any]]]:
     """Instructions for the tracker."""
     goals: list[tuple[str, dict[str, Any]]] = []
@@ -203,7 +203,7 @@ def site_tasks(
     found = [(*places[i], orders[i][n]) for n in rounds for i in range(len(places)) if n < len(orders[i])]
     return [make_task(site, seed, text, split) for site, seed, text in found]
 
-
+# %% ../../nbs/environments/15a_site_tasks.ipynb #e44c7490
 def make_task(
     site: str,
     seed: int,
@@ -260,7 +260,7 @@ def text_score(
     exact = "exact_match" not in required or text == clean_text(required["exact_match"])
     return float(exact and all(re.search(rf"(?<!\w){re.escape(clean_text(p))}(?!\w)", text) for p in parts))
 
-
+# %% ../../nbs/environments/15a_site_tasks.ipynb #ef22bf9a
 def score(
     checks: Mapping[str, Any],  # `eval` of a task, placeholders replaced
     url: str,  # where the browser is

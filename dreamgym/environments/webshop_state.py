@@ -321,7 +321,9 @@ def apply_change(
     parsed.last = "ok"
     for line in change.split("\n") if change != "no change" else ():
         apply_line(parsed, line)
-    return parsed.text()
+    after = parsed.text()
+    read_state(after)  # lines that make sense one by one may not do so together: results without a query
+    return after
 
 
 def shop_facts(state: str) -> frozenset[str]:

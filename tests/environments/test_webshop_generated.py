@@ -154,3 +154,5 @@ def test_wrong_names():
             read_state(text + "\nnonsense" if text == "task: x" else text)
     with pytest.raises(ValueError, match="webshop change"):
         apply_change("task: x\npage: search\nlast: ok", "page: moon")
+    with pytest.raises(ValueError, match="query"):  # each line is right, but results without a query are no state
+        apply_change("task: x\npage: search\nlast: ok", "page: results\nresults 1 of 1 = nothing")

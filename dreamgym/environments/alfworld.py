@@ -449,7 +449,8 @@ def state_tools(
     if not config.mapper:
         return {"mapper": TranscriptMapper()}
     from dreamgym.environments.household_rules import is_determined, reasoning_trace, violations
-    from dreamgym.environments.household_state import VARIANTS, HouseholdMapper
+    from dreamgym.environments.household_state import HouseholdMapper
+    from dreamgym.environments.household_text import VARIANTS
 
     kind = replace(VARIANTS[variant], style=style)
     return {

@@ -210,7 +210,7 @@ def desk_violations(
         wrong = ["a failed action changed the state"]
     return wrong + _wrong_end(before, action, reward, terminated)
 
-
+# %% ../../nbs/environments/14c_desk_rules.ipynb #c1d20f4d
 def _wrong_effects(before: DeskState, action: str, after: DeskState) -> list[str]:
     """What is wrong with the effects of a call that works."""
     if not reveals(before, action):

@@ -21,20 +21,22 @@ from dreamgym.environments.household_games import (
 )
 from dreamgym.environments.household_state import (
     APPLIANCES,
-    HouseState,
-    Receptacle,
-    Variant,
     failed_state,
     known_items,
     mark,
-    name_of,
-    parse_state,
     place_of,
     together,
     touch,
     transfer,
-    type_of,
     with_property,
+)
+from dreamgym.environments.household_text import (
+    HouseState,
+    Receptacle,
+    Variant,
+    name_of,
+    parse_state,
+    type_of,
 )
 
 # %% auto #0

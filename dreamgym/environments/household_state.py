@@ -6,166 +6,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
 
-from ..core.data_structures import Task
+from dreamgym.core.data_structures import (
+    Task,
+)
+from dreamgym.environments.household_text import (
+    NOTHING_HAPPENS,
+    PROPERTIES,
+    HouseState,
+    Receptacle,
+    Variant,
+    in_order,
+    items,
+    name_of,
+    parse_receptacle,
+    parse_state,
+    type_of,
+)
 
 # %% auto #0
-__all__ = ['VARIANTS', 'PROPERTIES', 'NOTHING_HAPPENS', 'APPLIANCES', 'Variant', 'Receptacle', 'name_of', 'type_of',
-           'entity_order', 'parse_receptacle', 'items', 'in_order', 'HouseState', 'parse_state', 'place_of', 'together',
-           'note_near', 'with_property', 'known_items', 'touch', 'show', 'mark', 'transfer', 'read_observation',
-           'HouseholdMapper', 'first_state', 'next_state', 'failed_state', 'receptacle_changes', 'state_delta',
-           'apply_delta', 'apply_change', 'state_facts', 'possible_actions', 'focus']
-
-# %% ../../nbs/environments/11b_household_state.ipynb #60093780
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """What a kind of game leaves open; the defaults are those of small generated games."""
-
-    shared_places: bool = False  # receptacles may share a place, which only acting there tells
-    cool_start: bool = False  # things may be cool at the start
-    irregular: bool = False  # doors and first contents do not go by type; a thing may be in two receptacles
-    style: str = "move"  # 'move X to Y', or 'put X in/on Y' as before ALFWorld 0.4
-
-
-VARIANTS = {"small": Variant(), "full": Variant(True, True), "official": Variant(True, True, True)}
-
-# %% ../../nbs/environments/11b_household_state.ipynb #1de4a79a
-PROPERTIES = ("clean", "hot", "cool", "sliced", "on")
-NOTHING_HAPPENS = "Nothing happens."
-_ITEM = re.compile(r"([a-z]+ \d+)((?: (?:clean|hot|cool|sliced|on)\b)*)")
-
-
-@dataclass(frozen=True, slots=True)
-class Receptacle:
-    """What is known of one receptacle."""
-
-    visited: bool = False
-    status: str = ""  # 'open', 'closed', or '' for an open surface
-    contents: tuple[str, ...] | None = None  # items such as 'mug 1 clean', in canonical order; None: not known
-
-    @property
-    def seen(self) -> bool:
-        """Whether all of the contents are known."""
-        return self.visited and self.contents is not None
-
-    def text(self) -> str:
-        """The line's right-hand side."""
-        if not self.visited:
-            return ", ".join(["?", *(self.contents or ())])
-        if self.contents is None:
-            return f"{self.status} ?"
-        items = ", ".join(self.contents) or "nothing"
-        return f"{self.status}, {items}" if self.status else items
-
-# %% ../../nbs/environments/11b_household_state.ipynb #ee505f26
-def name_of(
-    item: str,  # 'mug 1 clean'
-) -> str:  # 'mug 1'
-    """An item without its properties."""
-    return " ".join(item.split(" ", 2)[:2])
-
-
-def type_of(
-    item: str,  # 'mug 1 clean' or 'cabinet 3'
-) -> str:  # 'mug', 'cabinet'
-    """The type of an entity."""
-    return item.split(" ", 1)[0]
-
-
-@lru_cache(maxsize=65536)
-def entity_order(
-    item: str,  # 'mug 10 clean'
-) -> tuple[str, int]:  # ('mug', 10)
-    """Sort key of an entity: type, then number."""
-    kind, number, *_ = item.split(" ", 2)
-    return kind, int(number)
-
-# %% ../../nbs/environments/11b_household_state.ipynb #f087d114
-@lru_cache(maxsize=65536)
-def parse_receptacle(
-    text: str,  # right-hand side of a line, punctuation optional
-) -> Receptacle:
-    """Inverse of `Receptacle.text`."""
-    words = text.replace(",", " ").split()
-    if words[:1] == ["?"]:
-        return Receptacle(contents=items(text) or None)
-    status = words[0] if words and words[0] in ("open", "closed") else ""
-    if words[-1:] == ["?"]:
-        return Receptacle(True, status)
-    return Receptacle(True, status, items(text))
-
-
-def items(
-    text: str,  # 'plate 1, mug 1 clean', 'nothing'
-) -> tuple[str, ...]:
-    """The items named in a text, with their properties, in canonical order."""
-    return in_order([m.group(1) + m.group(2) for m in _ITEM.finditer(text.replace(",", " "))])
-
-
-def in_order(
-    items: Iterable[str],
-) -> tuple[str, ...]:  # sorted by type and number, so that equal knowledge is equal text
-    """Canonical order of contents."""
-    return tuple(sorted(items, key=entity_order))
-
-# %% ../../nbs/environments/11b_household_state.ipynb #961e71b3
-@dataclass(slots=True)
-class HouseState:
-    """A parsed abstract state."""
-
-    task: str
-    at: str  # a receptacle's name, or 'nowhere'
-    hold: str  # an item, or 'nothing'
-    receptacles: dict[str, Receptacle]
-    near: dict[str, str]  # place -> 'shelf 2, ?'; '?': perhaps more
-    last: str  # 'ok', or 'fail ' and the action
-
-    def text(self) -> str:
-        """The abstract state as text."""
-        lines, unseen = [f"task: {self.task}", f"at: {self.at}", f"hold: {self.hold}"], []
-        for name in sorted(self.receptacles, key=entity_order):
-            r = self.receptacles[name]
-            if not r.visited and not r.contents:
-                unseen.append(name)
-            elif name != self.at:
-                lines.append(f"{name}: {r.text()}")
-        lines += [f"unseen: {', '.join(unseen)}"] if unseen else []
-        lines += [f"{self.at}: {self.here.text()}"] if self.here.visited or self.here.contents else []
-        lines += [f"near {place}: {self.near[place]}" for place in sorted(self.near, key=entity_order)]
-        return "\n".join([*lines, f"last: {self.last}"])
-
-    @property
-    def here(self) -> Receptacle:
-        """The receptacle that the agent stands at (an unvisited one in the middle of the room)."""
-        return self.receptacles.get(self.at, Receptacle())
-
-# %% ../../nbs/environments/11b_household_state.ipynb #54e74f21
-def parse_state(
-    state: str,  # as written by `HouseState.text`
-) -> HouseState:
-    """Reads an abstract state. Raises ValueError naming the first bad line."""
-    head: dict[str, str] = {}
-    receptacles: dict[str, Receptacle] = {}
-    near: dict[str, str] = {}
-    for line in state.split("\n"):
-        key, mark, value = line.partition(": ")
-        if not mark:
-            raise ValueError(f"household state: expected 'key: value', got {line!r}")
-        if key in ("task", "at", "hold", "last"):
-            head[key] = value
-        elif key.startswith("near "):
-            near[key[5:]] = value
-        elif key == "unseen":
-            receptacles |= dict.fromkeys(value.split(", "), Receptacle())
-        else:
-            receptacles[key] = parse_receptacle(value)
-    missing = {"task", "at", "hold", "last"} - set(head)
-    if missing:
-        raise ValueError(f"household state: line {sorted(missing)[0]!r} is missing")
-    return HouseState(head["task"], head["at"], head["hold"], receptacles, near, head["last"])
+__all__ = ['APPLIANCES', 'place_of', 'together', 'note_near', 'with_property', 'known_items', 'touch', 'show', 'mark', 'transfer',
+           'read_observation', 'HouseholdMapper', 'first_state', 'next_state', 'failed_state', 'receptacle_changes',
+           'state_delta', 'apply_delta', 'apply_change', 'state_facts', 'possible_actions', 'focus']
 
 # %% ../../nbs/environments/11b_household_state.ipynb #8a38e9aa
 def place_of(

@@ -161,8 +161,7 @@ class Session:
             answer = as_text(run_call(self.service.tools, call))
             self.ended = self.stopped = call.name == ENDS
         except CallError as error:
-            self.failed = str(error)
-            answer = f"{ERROR}{error}"
+            self.failed, answer = str(error), f"{ERROR}{error}"
         self.said.append(("tool", answer))
         return answer
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['PICTURE', 'LETTERS', 'JOINED', 'WORD', 'STOP_WORDS', 'stem', 'terms', 'stored_length', 'Bm25Index']
+__all__ = ['PICTURE', 'LETTERS', 'JOINED', 'WORD', 'STOP_WORDS', 'stem', 'terms', 'stored_length', 'term_scores', 'Bm25Index']
 
 # %% ../../nbs/environments/13a_webshop_search.ipynb #29114298
 PICTURE = (  # Unicode's pictographs; each is a word
@@ -60,6 +60,27 @@ def stored_length(
     return 24 + ((length - 24) >> shift << shift)
 
 # %% ../../nbs/environments/13a_webshop_search.ipynb #58aa0c52
+def term_scores(
+    counts: Sequence[Counter],  # N documents' terms
+    k1: float,
+    b: float,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # for each term, the documents that hold it and its score there
+    """The inverted index: what each term is worth where it occurs."""
+    lengths = [sum(count.values()) for count in counts]
+    mean = sum(lengths) / max(len(lengths), 1) or 1.0
+    postings: dict[str, list[tuple[int, float]]] = {}
+    for doc, count in enumerate(counts):
+        norm = k1 * (1 - b + b * stored_length(lengths[doc]) / mean)
+        for term, f in count.items():
+            postings.setdefault(term, []).append((doc, f / (f + norm)))
+    index = {}
+    for term, rows in postings.items():
+        idf = math.log(1 + (len(counts) - len(rows) + 0.5) / (len(rows) + 0.5))
+        docs, parts = zip(*rows)
+        index[term] = np.array(docs), np.array(parts, np.float32) * np.float32(idf)
+    return index
+
+# %% ../../nbs/environments/13a_webshop_search.ipynb #961cc7d0
 class Bm25Index:
     """An inverted index with ready term scores."""
 
@@ -70,21 +91,9 @@ class Bm25Index:
         k1: float = 0.9,  # Anserini's, as is b
         b: float = 0.4,
     ):
-        counts = [Counter(terms(text)) for text in texts]
-        lengths = [sum(count.values()) for count in counts]
-        mean = sum(lengths) / max(len(lengths), 1) or 1.0
-        norms = [k1 * (1 - b + b * stored_length(length) / mean) for length in lengths]
-        postings: dict[str, list[tuple[int, float]]] = {}
-        for doc, count in enumerate(counts):
-            for term, f in count.items():
-                postings.setdefault(term, []).append((doc, f / (f + norms[doc])))
-        self.names, self._scores = list(names), np.zeros(len(counts), np.float32)
+        self.names, self._scores = list(names), np.zeros(len(names), np.float32)
         self._by_name = np.argsort(np.argsort(np.array(self.names, dtype=str)))
-        self._terms: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for term, rows in postings.items():
-            idf = math.log(1 + (len(counts) - len(rows) + 0.5) / (len(rows) + 0.5))
-            docs, parts = zip(*rows)
-            self._terms[term] = np.array(docs), np.array(parts, np.float32) * np.float32(idf)
+        self._terms = term_scores([Counter(terms(text)) for text in texts], k1, b)
 
     def search(
         self,

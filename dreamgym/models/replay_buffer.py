@@ -173,8 +173,7 @@ class ExperienceStore:
         quality: Callable[[Experience], float] = experience_quality,
     ):
         self.config, self.path, self.dedup, self.quality = config, path, dedup, quality
-        self.db, self.rng = open_store(path), np.random.default_rng(0)  # rng: samples without a seed
-        prepare_eviction(self.db, config.eviction)
+        self.db, self.rng = prepare_eviction(open_store(path), config.eviction), np.random.default_rng(0)
         self._size = self.db.execute("SELECT count(*) FROM experiences WHERE evicted_at IS NULL").fetchone()[0]
 
     def __len__(self) -> int:
@@ -246,17 +245,18 @@ _EARLIER = """(SELECT count(*) FROM experiences AS e WHERE e.env = experiences.e
 def prepare_eviction(
     db: sqlite3.Connection,
     eviction: str,  # a key of EVICTION
-) -> None:
+) -> sqlite3.Connection:  # the same
     """Make what an eviction order needs, once for each database; fifo needs nothing."""
     if eviction not in EVICTION:
         raise ConfigError(unknown_name("eviction", eviction, EVICTION))
     if eviction == "fifo":
-        return
+        return db
     live = "WHERE evicted_at IS NULL"
     db.execute(f"CREATE INDEX IF NOT EXISTS {eviction}_order ON experiences ({EVICTION[eviction]}) {live}")
     if eviction == "novelty":
         db.execute(f"CREATE INDEX IF NOT EXISTS live_places ON experiences (env, world_id, action) {live}")
         db.execute(f"UPDATE experiences SET repeats = {_EARLIER} {live} AND repeats IS NULL")
+    return db
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #750f6b03
 def count_repeats(
@@ -565,10 +565,9 @@ class ExperienceReplayBuffer(ExperienceReplayFiles):
         how = {"action_weight": self.config.action_weight, "same_world": self.config.same_world} | how
         return retrieve_rows(self, queries, Search(self.config.top_k if k is None else k, **how))
 
-    def lookup(self, queries: Sequence[Any], k: int = 1, **how: Any) -> list[list[Experience]]:
+    def lookup(self, queries: Sequence[Any], k: int = 1) -> list[list[Experience]]:
         """Same world, exactly the same action: the most informative rows first, then the most similar states."""
-        how = {"action_weight": 1.0, "same_world": True, "same_action": True, "informative": True} | how
-        return self.retrieve(queries, k, **how)
+        return self.retrieve(queries, k, action_weight=1.0, same_world=True, same_action=True, informative=True)
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #328f615a
 def retrieve_rows(

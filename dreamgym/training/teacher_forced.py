@@ -341,7 +341,7 @@ def copied(
     origin: dict[str, Any] = {"source": "synthetic", "task_id": query.task.id, "world_id": query.world_id}
     return Experience(query.state, query.action, reward, after, end, **origin)
 
-
+# %% ../../nbs/training/35d_teacher_forced.ipynb #13815762
 class CopyNearest:
     """The nearest recorded step as an experience model; it never is of the query's own episode."""
 

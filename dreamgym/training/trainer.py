@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'make_experience_model', 'RunningLoss',
            'require', 'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts',
-           'DreamGymTrainer', 'main_first', 'read_or_make', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
-           'check_arm', 'claim_folder', 'describe']
+           'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make', 'open_arm', 'train_arm', 'keep_spent',
+           'check_settings', 'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -284,6 +284,15 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/training/37_trainer.ipynb #097580b7
+def open_environment(
+    config: Config,
+) -> Environment:
+    """The environment of a run. Raises ConfigError if a curriculum is asked for that nobody can write."""
+    env = make_environment(config.environment.name, config.environment)
+    arms.check_curriculum(config, env)
+    return env
+
+# %% ../../nbs/training/37_trainer.ipynb #d0ea3708
 class DreamGymTrainer:
     """Prepares a run and trains arms in it."""
 
@@ -300,8 +309,7 @@ class DreamGymTrainer:
         self.device = device_of(config.training.device) if self.accelerator is None else str(self.accelerator.device)
         self.main = is_main(self.accelerator)
         self.say = progress if self.main else lambda line: None
-        self.env = make_environment(config.environment.name, config.environment)
-        arms.check_curriculum(config, self.env)
+        self.env = open_environment(config)
         with main_first(self.accelerator):
             claim_folder(self.folder, config, self.env)
         self.client = prep.open_client(config.reasoning_model, self.folder) if self.main else None

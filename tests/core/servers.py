@@ -188,15 +188,29 @@ def byte_tokenizer() -> Any:
 
 def train_small_model(folder: Path, rows: list[tuple[str, str]], steps: int = 150) -> float:  # loss of the last step
     """A small Llama that has learnt (prompt, reply) rows by heart, saved in a folder."""
-    import torch
-
-    from dreamgym.core.language_model import LanguageModel, PromptEncoder, build_model
+    from dreamgym.core.language_model import PromptEncoder
 
     tokenizer = byte_tokenizer()
-    model = build_model(tokenizer, "Llama", hidden_size=64, layers=2, max_position_embeddings=512)
     prompts = PromptEncoder(tokenizer)([prompt for prompt, _ in rows])
-    texts = [list(p) + tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for p, (_, reply) in zip(prompts, rows)]
-    ids = torch.full((len(rows), max(map(len, texts))), tokenizer.pad_token_id)
+    return learn_by_heart(folder, tokenizer, prompts, [reply for _, reply in rows], steps)
+
+
+def learn_by_heart(
+    folder: Path,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    replies: list[str],
+    steps: int,
+    longest: int = 512,  # positions
+) -> float:  # loss of the last step
+    """Train a small Llama on a few prompts and replies, and save it in a folder."""
+    import torch
+
+    from dreamgym.core.language_model import LanguageModel, build_model
+
+    model = build_model(tokenizer, "Llama", hidden_size=64, layers=2, max_position_embeddings=longest)
+    texts = [p + tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for p, reply in zip(prompts, replies)]
+    ids = torch.full((len(texts), max(map(len, texts))), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
     for i, (prompt, text) in enumerate(zip(prompts, texts)):
         ids[i, : len(text)] = torch.tensor(text)

@@ -20,7 +20,7 @@ from dreamgym.core.language_model import (
 from dreamgym.core.llm import GeneratorClient, Request
 from dreamgym.environments.base_env import make_environment
 from dreamgym.environments.household_rules import reasoning_trace
-from dreamgym.environments.household_state import parse_state
+from dreamgym.environments.household_text import parse_state
 from dreamgym.environments.offline import Behaviour, record
 
 FAMILIES = ("SmallLM", "Lfm2", "Llama")

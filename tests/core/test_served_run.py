@@ -12,7 +12,7 @@ from dreamgym.core.config import load_config
 from dreamgym.core.errors import ConfigError
 from dreamgym.core.ledger import CostLimit
 from dreamgym.environments.household_rules import expected_state, judge
-from dreamgym.environments.household_state import parse_state
+from dreamgym.environments.household_text import parse_state
 from dreamgym.models.replay_buffer import read_rows
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer

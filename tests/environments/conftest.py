@@ -1,6 +1,8 @@
 """Household games of the three kinds, and walks through them, for the tests of states and rules."""
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,10 @@ from dreamgym.core.data_structures import Task
 from dreamgym.environments.household import HouseholdEngine, expert_action
 from dreamgym.environments.household_files import decode_game
 from dreamgym.environments.household_games import MAX_TURNS, game_of, household_tasks
-from dreamgym.environments.household_state import VARIANTS, HouseholdMapper
+from dreamgym.environments.household_state import HouseholdMapper
+from dreamgym.environments.household_text import VARIANTS
+
+sys.path.insert(0, str(Path(__file__).parent))  # lets the tests of this folder import `pages`
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from dreamgym.environments.alfworld import (
 )
 from dreamgym.environments.base_env import TranscriptMapper, check_env
 from dreamgym.environments.household_games import HELP_TEXT, TASK_TYPES, generate_game, problem_text
-from dreamgym.environments.household_state import VARIANTS
+from dreamgym.environments.household_text import VARIANTS
 
 
 def config(**changes):

@@ -12,7 +12,8 @@ from dreamgym.core.llm import Reply
 from dreamgym.environments.base_env import check_env, make_environment
 from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.household_rules import expected_state, judge
-from dreamgym.environments.household_state import HouseholdMapper, parse_state
+from dreamgym.environments.household_state import HouseholdMapper
+from dreamgym.environments.household_text import parse_state
 from dreamgym.environments.offline import EXPERT, Behaviour, record
 from dreamgym.models.reasoning_model import ReasoningExperienceModel, render_target
 

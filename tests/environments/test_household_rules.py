@@ -15,7 +15,8 @@ from dreamgym.environments.household_rules import (
     reasoning_trace,
     violations,
 )
-from dreamgym.environments.household_state import VARIANTS, HouseholdMapper, Receptacle, in_order, name_of, parse_state
+from dreamgym.environments.household_state import HouseholdMapper
+from dreamgym.environments.household_text import VARIANTS, Receptacle, in_order, name_of, parse_state
 
 KINDS = {"small": 400, "full": 150, "official": 150}  # games
 SHARE = {"small": 0.99, "full": 0.92, "official": 0.88}  # planted errors that are found, at least

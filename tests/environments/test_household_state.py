@@ -7,20 +7,8 @@ import pytest
 from dreamgym.core.data_structures import Task
 from dreamgym.environments.household import HouseholdEngine
 from dreamgym.environments.household_files import CLEAN, COOL, FLAGS, HOT, SLICED, TOGGLED
-from dreamgym.environments.household_state import (
-    VARIANTS,
-    HouseholdMapper,
-    Receptacle,
-    Variant,
-    apply_change,
-    focus,
-    known_items,
-    name_of,
-    parse_receptacle,
-    parse_state,
-    place_of,
-    together,
-)
+from dreamgym.environments.household_state import HouseholdMapper, apply_change, focus, known_items, place_of, together
+from dreamgym.environments.household_text import VARIANTS, Receptacle, Variant, name_of, parse_receptacle, parse_state
 
 KINDS = {"small": 400, "full": 150, "official": 150}  # games
 BITS = {"clean": CLEAN, "hot": HOT, "cool": COOL, "on": TOGGLED, "sliced": SLICED}

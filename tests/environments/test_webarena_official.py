@@ -9,11 +9,10 @@ import shutil
 import socket
 import subprocess
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from urllib.request import urlopen
 
 import pytest
+from pages import pages
 
 from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.data_structures import Task
@@ -52,43 +51,24 @@ def ask(worker, **request):
     return answer
 
 
-class Map(BaseHTTPRequestHandler):
-    """A search form, as the map's."""
-
-    def do_GET(self):
-        body = b"<title>map</title><form action=/search><input name=query aria-label=query><button>Go</button></form>"
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+MAP = "<title>map</title><form action=/search><input name=query aria-label=query><button>Go</button></form>"
 
 
 @browser
 @tools
 @pytest.mark.parametrize(("query", "score"), [("parking near Carnegie Mellon University", 1.0), ("pizza", 0.0)])
 def test_webarena_verified_scores_an_episode_from_the_har_of_our_browser(worker, tmp_path, query, score):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Map)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, daemon=True).start()
-    url, har = f"http://127.0.0.1:{server.server_port}", tmp_path / "network.har"
-    how = {"task_kwargs": {"start_url": url, "goal": "Show on the map parking near Carnegie Mellon University"}}
-    how["pw_context_kwargs"] = {"record_har_path": str(har)}
-    first = ask(
-        worker, op="reset", seed=0, task={"gym": "browsergym/openended", "package": "browsergym.core", "how": how}
-    )
-    assert parse_state(WebMapper().start(Task("t", "x"), first["observation"])).lines == [
-        "textbox: query",
-        "button: Go",
-    ]
-    ask(worker, op="step", action=f"fill 1 {query}")
-    assert "search?query=" in ask(worker, op="step", action="click 2")["observation"]
-    other = {"gym": "browsergym/openended", "package": "browsergym.core", "how": {"task_kwargs": how["task_kwargs"]}}
-    ask(worker, op="reset", seed=0, task=other)  # the first episode's context closes, and its HAR is written
-    server.shutdown()
+    har = tmp_path / "network.har"
+    with pages(lambda path: MAP) as url:
+        plain = {"task_kwargs": {"start_url": url, "goal": "Show on the map parking near Carnegie Mellon University"}}
+        task = {"gym": "browsergym/openended", "package": "browsergym.core", "how": plain}
+        recorded = task | {"how": plain | {"pw_context_kwargs": {"record_har_path": str(har)}}}
+        first = ask(worker, op="reset", seed=0, task=recorded)
+        lines = parse_state(WebMapper().start(Task("t", "x"), first["observation"])).lines
+        assert lines == ["textbox: query", "button: Go"]
+        ask(worker, op="step", action=f"fill 1 {query}")
+        assert "search?query=" in ask(worker, op="step", action="click 2")["observation"]
+        ask(worker, op="reset", seed=0, task=task)  # the first episode's context closes, and its HAR is written
     answer = {"task_type": "navigate", "status": "SUCCESS", "retrieved_data": None}
     assert verified_score(378, answer, har, {"map": url}, TOOLS) == score
     wrong = answer | {"task_type": "retrieve"}

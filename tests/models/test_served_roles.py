@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 
-from servers import FAULTS, TEXT_FAULTS, LLMServer, running, serving_problem, transformers_serve
+from servers import FAULTS, TEXT_FAULTS, LLMServer, learn_by_heart, running, serving_problem, transformers_serve
 
 from dreamgym.core.config import ReasoningModelConfig
 from dreamgym.core.data_structures import Experience, Task
@@ -55,20 +55,10 @@ def roles(client, n=1, temperature=0.0):
 
 def overfit(folder, requests, steps=120):
     """A small Llama with byte pairs of its own that has learnt the replies by heart."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from dreamgym.core.language_model import (
-        CHAT_TEMPLATE,
-        END,
-        PAD,
-        ROLES,
-        UNKNOWN,
-        LanguageModel,
-        PromptEncoder,
-        build_model,
-    )
+    from dreamgym.core.language_model import CHAT_TEMPLATE, END, PAD, ROLES, UNKNOWN, PromptEncoder
 
     pairs = Tokenizer(models.BPE(unk_token=UNKNOWN))
     pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -80,20 +70,7 @@ def overfit(folder, requests, steps=120):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
     tokenizer.chat_template = CHAT_TEMPLATE
     prompts = [PromptEncoder(tokenizer, r.system)([r.prompt])[0] for r in requests]
-    targets = [tokenizer(answer(r.system))["input_ids"] + [tokenizer.eos_token_id] for r in requests]
-    model = build_model(tokenizer, "Llama", hidden_size=64, layers=2, max_position_embeddings=1024)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + t) for p, t in zip(prompts, targets)], True, 0)
-    labels = torch.full_like(ids, -100)
-    for i, (p, t) in enumerate(zip(prompts, targets)):
-        labels[i, len(p) : len(p) + len(t)] = torch.tensor(t)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(steps):
-        loss = model(ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    LanguageModel(model.eval(), tokenizer).save(folder)
-    return loss.item()
+    return learn_by_heart(folder, tokenizer, prompts, [answer(r.system) for r in requests], steps, longest=1024)
 
 
 def test_all_roles_over_transformers_serve(tmp_path):

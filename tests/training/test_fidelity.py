@@ -15,7 +15,7 @@ from dreamgym.core.llm import Reply
 from dreamgym.environments.base_env import make_environment
 from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.household_rules import expected_state, is_determined, judge, reasoning_trace, violations
-from dreamgym.environments.household_state import parse_state
+from dreamgym.environments.household_text import parse_state
 from dreamgym.environments.offline import EXPERT, RANDOM, Behaviour, record
 from dreamgym.models.experience_sft import training_queries
 from dreamgym.models.reasoning_model import ReasoningExperienceModel, render_target

@@ -136,7 +136,8 @@ def test_one_run_for_each_setting_and_seed(tmp_path):
     modes = [command[command.index("mode") + 1] for command in runner.commands]
     assert modes.count("real") == 2 and all(("synthetic_ratio=0" in w) == (m == "real") for w, m in zip(words, modes))
     first = [word.split()[-2] for word in words[:4]]  # seed 0, the full method first
-    assert first[1:] == ["buffer.top_k=0", "buffer.synthetic_ratio=0", "buffer.top_k=2"] and "top_k" not in words[0]
+    assert first[1:] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
+    assert "top_k" not in words[0]
     summary = ledger.content["summary"]["ablations"]
     assert summary["buffer.top_k=1"]["minus_full"]["mean"] == 0 and summary["buffer.top_k=1"]["seeds"] == 2
     assert summary["dream"]["success"] == pytest.approx((12 + 13) / 2 / 40)  # the row of real RL

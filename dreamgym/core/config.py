@@ -91,6 +91,11 @@ class ExperienceTraining(Section):
     balance: float = Field(
         0.5, ge=0, le=1, description="pull to equal shares of all kinds of transition; 0: none [ours]"
     )
+    refresh_every: int = Field(
+        0, ge=0, description="dream iterations between refreshes by the policy's own real games; 0: none [ours]"
+    )
+    refresh_episodes: int = Field(32, gt=0, description="real games of a refresh; all are counted (episodes) [ours]")
+    refresh_steps: int = Field(200, ge=0, description="updates of a refresh; 0: the buffer alone grows [ours]")
 
 # %% ../../nbs/core/02_config.ipynb #f221819b
 class ReasoningModelConfig(ExperienceTraining):

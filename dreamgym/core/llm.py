@@ -77,7 +77,7 @@ class GeneratorClient:
     ):
         from dreamgym.core.generators import TransformersGenerator
 
-        self.generator = TransformersGenerator(language_model, chunk)
+        self.language_model, self.generator = language_model, TransformersGenerator(language_model, chunk)
         self.tokenizer, self.seed, self.calls = language_model.tokenizer, seed, 0
 
     def complete(

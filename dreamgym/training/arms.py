@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from .advantages import Estimator
 from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
 from .fidelity import on_policy
+from .fine_tuning import own_copy, refresh_by
 from .grpo import GRPOSettings, grpo_update, make_group_batch
 from .play import evaluate_policy, play_settings
 from .policy import Policy
@@ -44,10 +46,10 @@ from .rollout import rollout, rollout_metrics
 from .scale import autocast, from_main, gather_weights, is_main, lora_layers, share_of, trainable
 
 # %% auto #0
-__all__ = ['log', 'GROUPED', 'OFFLINE', 'Prepared', 'ArmLoop', 'group_size', 'affordable', 'finished', 'make_curriculum',
-           'task_writer', 'dreams_of_success', 'check_algorithm', 'check_curriculum', 'make_optimizer',
-           'start_arm_loop', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration',
-           'play_iteration', 'sample_tasks', 'collect', 'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo',
+__all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'group_size', 'within_budget', 'affordable', 'finished',
+           'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm', 'make_optimizer', 'start_arm_loop',
+           'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'play_iteration',
+           'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo',
            'learn_in_groups', 'over_ranks', 'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm',
            'save_stopped', 'best_policy']
 
@@ -55,6 +57,7 @@ __all__ = ['log', 'GROUPED', 'OFFLINE', 'Prepared', 'ArmLoop', 'group_size', 'af
 log = logging.getLogger(__name__)
 GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
 OFFLINE = ("sft", "dpo")  # need none
+DREAMER = "experience_model"  # folder of a refreshed one in a checkpoint
 
 # %% ../../nbs/training/36a_arms.ipynb #397e6737
 @dataclass
@@ -98,6 +101,7 @@ class ArmLoop:
     best: dict[str, Any] = field(default_factory=lambda: {"iteration": 0, "success": -1.0})
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     trackers: Sequence[Any] = ()  # accelerate's, besides the run's own files
+    model: Any = None  # the ReasoningExperienceModel that dreams, the arm's own where it is refreshed
     whole: bool = True  # weights, counters and metrics are those of `iteration`; False in the middle of an update
     curriculum: CurriculumTaskGenerator = field(init=False)  # that of rank 0 counts
     known: dict[str, Any] = field(default_factory=dict)  # the curriculum's state after `iteration`
@@ -107,6 +111,16 @@ class ArmLoop:
     def player(self) -> Policy:
         """The policy itself, or its twin where it is spread."""
         return self.twin or bare(self.policy)
+
+    @property
+    def evolves(self) -> bool:
+        """Whether the experience model is trained again in between."""
+        return self.arm == "dream" and self.config.reasoning_model.refresh_every > 0
+
+    @property
+    def memory(self) -> ExperienceReplayBuffer:
+        """Experiences that dreams are made of."""
+        return self.model.buffer if self.model else self.ready.buffer
 
     @property
     def checkpoints(self) -> Path:
@@ -124,13 +138,16 @@ def group_size(loop: ArmLoop) -> int:
     return loop.config.rl.group_size if loop.config.rl.algorithm in GROUPED else 1
 
 
+def within_budget(loop: ArmLoop, episodes: int) -> int:
+    """So many real episodes, or fewer that stay within the budget however long they are."""
+    budget, turns = loop.config.training.real_budget, loop.ready.env.max_turns
+    return episodes if budget is None else min(episodes, (budget - loop.real_transitions) // turns)
+
+
 def affordable(loop: ArmLoop) -> int:
-    """Real episodes that stay within the budget however long they are; whole groups."""
-    training, group = loop.config.training, group_size(loop)
-    most = training.batch_size
-    if training.real_budget is not None:
-        most = min(most, (training.real_budget - loop.real_transitions) // loop.ready.env.max_turns)
-    return most // group * group
+    """Real episodes of an iteration that can be paid for; whole groups."""
+    group = group_size(loop)
+    return within_budget(loop, loop.config.training.batch_size) // group * group
 
 
 def finished(loop: ArmLoop) -> bool:
@@ -150,7 +167,7 @@ def make_curriculum(loop: ArmLoop) -> CurriculumTaskGenerator:
 
 def task_writer(loop: ArmLoop) -> LLMClient | None:
     """The experience model's client (the paper's shared parameters); None for a model from scratch."""
-    model = loop.ready.model
+    model = loop.model
     return model.client if model is not None and loop.config.reasoning_model.name != "scratch" else None
 
 
@@ -180,19 +197,6 @@ def check_algorithm(
     if rl.algorithm == "dpo" and config.policy_model.context != "state":
         raise ConfigError("rl.algorithm: dpo compares two actions in one state; set policy_model.context to 'state'")
 
-
-def check_curriculum(
-    config: Config,
-    env: Environment,
-) -> None:
-    """Raises ConfigError where nobody can write the tasks that are asked for."""
-    share = config.curriculum.synthetic_fraction_max * bool(config.curriculum.difficulty_increment)
-    if share and env.vary is None and config.reasoning_model.name == "scratch":
-        raise ConfigError(
-            f"curriculum.synthetic_fraction_max {share:g}: {env.name!r} has no generator of tasks and an experience "
-            "model from scratch writes none; set it to 0, or reasoning_model.name to a language model"
-        )
-
 # %% ../../nbs/training/36a_arms.ipynb #4e5c1731
 def make_optimizer(
     policy: Policy,
@@ -214,6 +218,7 @@ def start_arm_loop(
     loop = ArmLoop(config, ready, arm, device, run, policy, reference, make_optimizer(policy, config), accelerator)
     loop.trackers, loop.curriculum = trackers, make_curriculum(loop)
     found = newest_checkpoint(loop.checkpoints)
+    loop.model = dreamer(loop, *(found or (Path(), {})))
     if found:
         state = load_arm(loop, *found)
         cut_back(loop, found[1])
@@ -224,6 +229,18 @@ def start_arm_loop(
     if not found:
         begin(loop)
     return loop
+
+
+def dreamer(
+    loop: ArmLoop,
+    manifest: Path,  # of the newest checkpoint
+    facts: dict[str, Any],  # its content; empty: there is none
+) -> ReasoningExperienceModel | None:
+    """Who dreams: what all arms share, or where it is refreshed a copy of the arm's own, as the checkpoint knew it."""
+    if not loop.evolves or loop.ready.model is None:
+        return loop.ready.model
+    weights = manifest.parent / facts["folder"] / DREAMER if facts else None
+    return own_copy(loop.ready.model, loop.run.path / "experience.db", facts.get("iteration", 0), weights, loop.device)
 
 
 def wrap(
@@ -253,14 +270,15 @@ def cut_back(
     facts: dict[str, Any],  # of the checkpoint
 ) -> None:
     """Forgets what files hold of later iterations. Raises CheckpointError if the buffer has lost rows."""
-    rows = len(loop.ready.buffer)
+    if not is_main(loop.accelerator):
+        return
+    rows = len(loop.memory)
     if rows < facts.get("buffer_rows", 0):
         raise CheckpointError(
-            f"the buffer holds {rows} experiences, the checkpoint knew {facts['buffer_rows']}; restore prepared/"
+            f"the buffer holds {rows} experiences, the checkpoint knew {facts['buffer_rows']}; restore {loop.memory.path}"
         )
-    if is_main(loop.accelerator):
-        loop.run.truncate(facts["offset"])
-        truncate_file(loop.run.path / "episodes.jsonl", facts["episodes_offset"])
+    loop.run.truncate(facts["offset"])
+    truncate_file(loop.run.path / "episodes.jsonl", facts["episodes_offset"])
 
 # %% ../../nbs/training/36a_arms.ipynb #f07cef3e
 def load_arm(
@@ -317,9 +335,12 @@ def run_iteration(
     row |= {f"rollout/{key}": value for key, value in metrics.items()} | loop.curriculum.metrics()
     row |= {f"dream/{key}": n - before.get(key, 0) for key, n in experience_counts(loop).items() if dreams}
     loop.whole = False
-    row |= update_policy(loop, trajectories, seed) | {"rollout/real_transitions": counted}
+    row |= update_policy(loop, trajectories, seed)
     row |= {"time/rollout": rolled - start, "time/update": time.monotonic() - rolled}
     loop.iteration, loop.real_transitions, loop.known = number, counted, learned
+    row |= from_main(lambda: refresh_dreamer(loop, seed), loop.accelerator)
+    loop.real_transitions += row.get("buffer/fresh", 0)
+    row["rollout/real_transitions"] = loop.real_transitions
     every = loop.config.training.eval_every
     if finished(loop) or (every and number % every == 0):
         validate(loop, row)
@@ -367,19 +388,31 @@ def collect(
     rl, slots = loop.config.rl, min(loop.ready.env.max_slots if where == "real" else 128, len(tasks))
     env: Any = loop.ready.env.make(slots) if where == "real" else None
     if where == "dream":
-        assert loop.ready.model is not None
         seed = derive_seed(loop.config.training.seed, loop.iteration, part)
-        env = DreamEnv(loop.ready.model, slots, loop.ready.env.max_turns, seed)
+        env = DreamEnv(loop.model, slots, loop.ready.env.max_turns, seed)
     penalty = {"invalid_action_penalty": rl.invalid_action_penalty, "source": where}
     settings = play_settings(loop.config.policy_model, slots, temperature=rl.temperature, **penalty)
     generator = scale.make_generator(loop.player, loop.config.policy_model, loop.iteration, loop.run.path / "weights")
     with autocast(loop.accelerator):
         return rollout(generator, env, tasks, loop.player.codec, settings)
 
+# %% ../../nbs/training/36a_arms.ipynb #09b182dd
+def refresh_dreamer(
+    loop: ArmLoop,  # its experience model learns
+    seed: int,
+) -> dict[str, float]:  # metrics; empty where no refresh is due, or no game can be paid for
+    """The current policy's real games train the arm's experience model."""
+    section, tasks = loop.config.reasoning_model, loop.ready.tasks
+    games = min(len(tasks), within_budget(loop, section.refresh_episodes))
+    if not loop.evolves or loop.where == "real" or loop.iteration % section.refresh_every or games < 1:
+        return {}
+    played = collect(loop, "real", random.Random(seed).sample(tasks, games))
+    return refresh_by(loop.model, played, loop.ready.env, section, loop.iteration, seed)
+
 # %% ../../nbs/training/36a_arms.ipynb #355e58b5
 def experience_counts(loop: ArmLoop) -> dict[str, float]:
     """Predictions and what was wrong with them; calls, tokens, faults and cost of a served model."""
-    model = loop.ready.model
+    model = loop.model
     names = ("predictions", "malformed", "refused", "unanswered", "redrawn") if model is not None else ()
     ledger = getattr(getattr(model, "client", None), "ledger", None)
     calls = {f"llm_{name}": value for name, value in summary(ledger).items()} if ledger else {}
@@ -535,9 +568,9 @@ def save_arm(
     run, training, section = loop.run, loop.config.training, loop.config.policy_model
     facts: dict[str, Any] = {"offset": run.offset(), "episodes_offset": (run.path / "episodes.jsonl").stat().st_size}
     facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm}
-    facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(loop.ready.buffer)}
+    facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(loop.memory)}
     facts["limits"] = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
-    kept = {"curriculum.json": loop.known}
+    kept = {"curriculum.json": loop.known} | ({DREAMER: loop.model.client.language_model} if loop.evolves else {})
     save_checkpoint(loop.checkpoints, loop.iteration, loop.player, state, facts, kept)
     checkpoints.prune_checkpoints(loop.checkpoints, training.keep_last, loop.best["iteration"], training.keep_every)
 

@@ -91,7 +91,7 @@ def save_checkpoint(
     policy: Policy,
     optimizer: dict[str, torch.Tensor] | None,  # from `optimizer_tensors`
     facts: dict[str, Any],  # JSON: metrics offset, best score, config hash, …
-    more: Mapping[str, Any] | None = None,  # further files of JSON: name -> content
+    more: Mapping[str, Any] | None = None,  # further parts: name -> a LanguageModel (folder), or JSON (file)
 ) -> Path:  # the manifest, 'policy_iter_0003.json'
     """Writes a checkpoint; it exists once its manifest does."""
     name = f"iter_{iteration:04d}"
@@ -104,12 +104,17 @@ def save_checkpoint(
     save_file(rng_tensors(), work / "random.safetensors")
     if adapters := lora_tensors(policy.model):
         save_file({k: v.contiguous() for k, v in adapters.items()}, work / "adapters.safetensors")
-    for file, content in (more or {}).items():
-        (work / file).write_text(json.dumps(content), encoding="utf-8")
+    for part, content in (more or {}).items():
+        if isinstance(content, LanguageModel):
+            content.save(work / part)
+        else:
+            (work / part).write_text(json.dumps(content), encoding="utf-8")
     if optimizer is not None:
         save_file(optimizer, work / "optimizer.safetensors")
-    files = {path.name: _synced_sha256(path) for path in sorted(work.iterdir())}
-    sync_folder(work)
+    inside = sorted(work.rglob("*"))
+    files = {path.relative_to(work).as_posix(): _synced_sha256(path) for path in inside if path.is_file()}
+    for place in (work, *filter(Path.is_dir, inside)):
+        sync_folder(place)
     work.rename(final)
     manifest = folder / manifest_name(iteration)
     stamp = {"iteration": iteration, "folder": name, "files": files, "codec": codec_facts(policy.codec)}

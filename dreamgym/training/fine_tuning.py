@@ -5,24 +5,31 @@
 # %% ../../nbs/training/35f_fine_tuning.ipynb #acedbfb8
 from __future__ import annotations
 
+import copy
+import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..core.config import ReasoningModelConfig
-from ..core.data_structures import Experience
+from ..core.data_structures import Experience, Trajectory
 from ..core.errors import DataError
-from ..core.language_model import LanguageModel, spelt_out
+from ..core.language_model import LanguageModel, load_language_model, spelt_out
+from ..core.llm import GeneratorClient
+from ..environments.base_env import Environment
+from ..environments.offline import experiences_of
 from ..models.experience_sft import encode_examples, train_on_examples, training_queries
 from ..models.instructions import instructions
-from ..models.reasoning_model import ExperiencePrompts, render_target
+from ..models.reasoning_model import ExperiencePrompts, ReasoningExperienceModel, render_target
+from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
 from .trl_baselines import lent_to_trl, run_trainer, trainer_settings
 
 # %% auto #0
-__all__ = ['conversation_rows', 'can_pack', 'lora_settings', 'fine_tune', 'Refreshed', 'refresh']
+__all__ = ['conversation_rows', 'can_pack', 'lora_settings', 'fine_tune', 'old_episodes', 'Refreshed', 'refresh', 'train_again',
+           'copy_store', 'own_copy', 'refresh_by']
 
 # %% ../../nbs/training/35f_fine_tuning.ipynb #0b6a66a5
 def conversation_rows(
@@ -101,6 +108,23 @@ def fine_tune(
     return last
 
 # %% ../../nbs/training/35f_fine_tuning.ipynb #901ed2f4
+def old_episodes(
+    buffer: ExperienceReplayBuffer,
+    rows: int,  # wanted; the last episode may exceed them
+    seed: int = 0,
+) -> list[Experience]:  # in order within each episode
+    """Whole real episodes at random, won and lost ones alike."""
+    drawn = [e for e in buffer.sample_balanced(rows, seed, by=("success",)) if e.source == "real"]
+    episodes: dict[str, list[Experience]] = {e.episode_id: [] for e in drawn}
+    named = f"evicted_at IS NULL AND source = 'real' AND episode_id IN ({', '.join('?' * len(episodes))})"
+    for _, e in read_rows(buffer.db, named, [*episodes]):
+        episodes[e.episode_id].append(e)
+    found: list[Experience] = []
+    for episode in episodes.values():
+        found += episode if len(found) < rows else []
+    return found
+
+# %% ../../nbs/training/35f_fine_tuning.ipynb #05baa19d
 @dataclass(frozen=True, slots=True)
 class Refreshed:
     """What a refresh has cost and done."""
@@ -108,7 +132,7 @@ class Refreshed:
     real_transitions: int  # fresh ones, to be counted with all others
     admitted: int  # of these, new to the buffer
     replayed: int  # old rows that were mixed in
-    loss: float  # mean of the last tenth of the steps, nats per target token; nan without steps
+    loss: float | None  # mean of the last tenth of the steps (TRL: of all), nats per target token; None without steps
 
 
 def refresh(
@@ -116,7 +140,7 @@ def refresh(
     language_model: LanguageModel,  # trained in place
     fresh: Sequence[Experience],  # annotated real rollouts, whole episodes in order
     section: ReasoningModelConfig,
-    steps: int = 200,
+    steps: int = 200,  # 0: the buffer alone learns
     replay: float = 1.0,  # old rows for each fresh one
     start: float = 0.2,  # of the peak learning rate, from which it decays again
     seed: int = 0,
@@ -125,12 +149,76 @@ def refresh(
     if not fresh or any(e.source != "real" for e in fresh):
         raise DataError("refresh: expected fresh real transitions; a model must not learn from its own dreams")
     buffer: Any = model.buffer
-    old = buffer.sample_balanced(round(replay * len(fresh)), by=("success",), seed=seed) if replay else []
-    old = [e for e in old if e.source == "real" and e.reasoning]
-    admitted = buffer.add_many(fresh)
-    examples = encode_examples([*fresh], model, language_model.tokenizer)
-    examples += [row for e in old for row in encode_examples([e], model, language_model.tokenizer)]
-    options: Any = (steps, section.batch_size, start * section.lr, section.lr_end, section.weight_decay, seed)
-    losses = train_on_examples(language_model, examples, *options)
-    tail = torch.tensor(losses[-max(1, len(losses) // 10) :])
-    return Refreshed(len(fresh), admitted, len(old), float(tail.mean()))
+    old = old_episodes(buffer, round(replay * len(fresh)), seed) if replay else []
+    admitted, loss = buffer.add_many(fresh), None
+    calm = section.model_copy(update={"lr": start * section.lr, "train_steps": steps})
+    if steps:
+        loss = train_again(model, language_model, [*old, *fresh], calm, seed)
+    return Refreshed(len(fresh), admitted, len(old), loss)
+
+
+def train_again(
+    model: ExperiencePrompts,
+    language_model: LanguageModel,  # trained in place
+    rows: Sequence[Experience],
+    section: ReasoningModelConfig,
+    seed: int,
+) -> float:  # loss, nats per target token
+    """A named model by TRL, one from scratch by our own loop; the optimiser is a new one."""
+    if section.name != "scratch":
+        return fine_tune(model, language_model, rows, section, seed)["train_loss"]
+    examples = encode_examples(rows, model, language_model.tokenizer)
+    how = (section.train_steps, section.batch_size, section.lr, section.lr_end, section.weight_decay, seed)
+    losses = train_on_examples(language_model, examples, *how)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+# %% ../../nbs/training/35f_fine_tuning.ipynb #5068f9d7
+def copy_store(
+    db: sqlite3.Connection,  # open, with nothing half-written
+    path: Path,  # file of the copy
+) -> None:
+    """Copies a database, unless the copy exists; it exists once it is whole."""
+    if not path.is_file():
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.unlink(missing_ok=True)
+        db.execute("VACUUM INTO ?", (str(draft),))
+        draft.replace(path)
+
+
+def own_copy(
+    model: ReasoningExperienceModel,  # of this process; stays as it is
+    memory: Path,  # database file of the copy
+    iteration: int = 0,  # whose end the memory is put back to
+    weights: Path | None = None,  # folder of a refreshed language model; None: those of `model`
+    device: str = "cpu",
+) -> ReasoningExperienceModel:
+    """A copy that can be refreshed."""
+    client: Any = model.client
+    read, plain = weights and load_language_model(weights, device=device), client.language_model
+    language_model = read or LanguageModel(copy.deepcopy(plain.model), plain.tokenizer)
+    copy_store(model.buffer.db, memory)
+    buffer = ExperienceReplayBuffer(model.buffer.config, memory, model.buffer.encoder, dedup=False)
+    buffer.rewind(iteration)
+    own = copy.copy(model)
+    own.client, own.buffer = GeneratorClient(language_model, client.generator.chunk, client.seed), buffer
+    return own
+
+# %% ../../nbs/training/35f_fine_tuning.ipynb #4742eb79
+def refresh_by(
+    model: ReasoningExperienceModel,  # an arm's own
+    games: Sequence[Trajectory],  # real ones, just played
+    env: Environment,
+    section: ReasoningModelConfig,
+    iteration: int,
+    seed: int,
+) -> dict[str, float]:  # metrics
+    """A refresh by real games; aborted ones cost their transitions and teach nothing."""
+    began, spent = time.monotonic(), sum(len(game.turns) for game in games)
+    fresh = [e for game in games if game.aborted is None for e in experiences_of(game, env, "rl", iteration)]
+    client: Any = model.client
+    metrics: dict[str, float] = {"buffer/fresh": spent}
+    if fresh:
+        report = refresh(model, client.language_model, fresh, section, section.refresh_steps, seed=seed)
+        metrics |= {"buffer/replayed": report.replayed} | ({} if report.loss is None else {"dream/loss": report.loss})
+    return metrics | {"buffer/size": len(model.buffer), "time/refresh": time.monotonic() - began}

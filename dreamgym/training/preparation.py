@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'training_tasks', 'record_offline', 'offline_data', 'with_states',
            'with_initial_states', 'environment_texts', 'make_language_model', 'agent_texts', 'make_policy',
            'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts', 'experience_model',
-           'train_experience_model', 'check_served', 'open_client', 'keep_ledger', 'explained', 'first_texts']
+           'train_experience_model', 'check_served', 'check_refresh', 'check_curriculum', 'open_client', 'keep_ledger',
+           'explained', 'first_texts']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -268,6 +269,39 @@ def check_served(
                 f"reasoning_model.name={section.name!r} of this process; set reasoning_model.provider to 'openai' or "
                 "'anthropic', with name and base_url, or leave it at its default"
             )
+
+# %% ../../nbs/training/35a_preparation.ipynb #7ec0a3fe
+def check_refresh(
+    config: Config,
+) -> None:
+    """Raises ConfigError where a refresh is asked for and there is nothing that it could train."""
+    section, offline = config.reasoning_model, config.rl.algorithm in ("sft", "dpo")
+    if not section.refresh_every or offline:
+        return
+    asked = f"reasoning_model.refresh_every {section.refresh_every}"
+    if section.instructed or section.provider != "local":
+        raise ConfigError(
+            f"{asked}: expected an experience model that is trained in this process, got provider={section.provider!r}, "
+            f"prompted={section.prompted}; set refresh_every to 0, or provider to 'local' and prompted to false"
+        )
+    if config.training.mode == "real" or not config.buffer.synthetic_ratio:
+        raise ConfigError(
+            f"{asked}: nothing is dreamt with training.mode {config.training.mode!r} and buffer.synthetic_ratio "
+            f"{config.buffer.synthetic_ratio:g}; set refresh_every to 0, or let the policy dream"
+        )
+
+# %% ../../nbs/training/35a_preparation.ipynb #e16a4c38
+def check_curriculum(
+    config: Config,
+    env: Environment,
+) -> None:
+    """Raises ConfigError where nobody can write the tasks that are asked for."""
+    share = config.curriculum.synthetic_fraction_max * bool(config.curriculum.difficulty_increment)
+    if share and env.vary is None and config.reasoning_model.name == "scratch":
+        raise ConfigError(
+            f"curriculum.synthetic_fraction_max {share:g}: {env.name!r} has no generator of tasks and an experience "
+            "model from scratch writes none; set it to 0, or reasoning_model.name to a language model"
+        )
 
 # %% ../../nbs/training/35a_preparation.ipynb #0df450ac
 LEDGER = "ledger.json"

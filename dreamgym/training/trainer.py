@@ -289,7 +289,7 @@ def open_environment(
 ) -> Environment:
     """The environment of a run. Raises ConfigError if a curriculum is asked for that nobody can write."""
     env = make_environment(config.environment.name, config.environment)
-    arms.check_curriculum(config, env)
+    prep.check_curriculum(config, env)
     return env
 
 # %% ../../nbs/training/37_trainer.ipynb #d0ea3708
@@ -401,6 +401,7 @@ def keep_spent(trainer: DreamGymTrainer, arm: str) -> None:
 def check_settings(config: Config) -> None:
     """Raises ConfigError for settings that do not go together."""
     prep.check_served(config.reasoning_model, config.environment.offline_data)
+    prep.check_refresh(config)
     arms.check_algorithm(config)
 
 

@@ -14,7 +14,8 @@ from dreamgym.core.data_structures import Task
 from dreamgym.core.errors import ConfigError
 from dreamgym.environments.base_env import make_environment
 from dreamgym.training import arms
-from dreamgym.training.arms import check_curriculum, dreams_of_success, play_iteration, run_iteration, start_arm_loop
+from dreamgym.training.arms import dreams_of_success, play_iteration, run_iteration, start_arm_loop
+from dreamgym.training.preparation import check_curriculum
 from dreamgym.utils.tracking import RunDir
 
 ON = {"curriculum__difficulty_increment": 0.5, "curriculum__synthetic_fraction_max": 0.5}

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer on the experience model's rows: the same loss as our loop, LoRA, and refreshes that are counted."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from dreamgym.environments.offline import EXPERT, record
 from dreamgym.models.experience_sft import encode_examples, example_loss, split_experiences
 from dreamgym.models.reasoning_model import ExperiencePrompts
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
-from dreamgym.training.fine_tuning import conversation_rows, fine_tune, refresh
+from dreamgym.training.fine_tuning import conversation_rows, fine_tune, old_episodes, refresh
 from dreamgym.training.preparation import environment_texts
 
 
@@ -87,8 +88,39 @@ def test_a_refresh_learns_the_fresh_and_counts_it(env, rows, small):
     start = example_loss(small.model, examples).item()
     report = refresh(model, small, fresh, section, steps=40, replay=0.5)
     assert report.real_transitions == report.admitted == len(fresh) and len(buffer) == len(rows)
-    assert 0 < report.replayed <= round(0.5 * len(fresh))
+    longest = max(Counter(e.episode_id for e in old).values())
+    assert round(0.5 * len(fresh)) <= report.replayed < round(0.5 * len(fresh)) + longest
     assert example_loss(small.model, examples).item() < 0.7 * start and report.loss < start
+
+
+def test_old_rows_are_replayed_with_their_history(env, rows):
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    dreamt = [replace(e, source="synthetic", episode_id="dreamt") for e in rows[:5]]
+    buffer.add_many([*rows, *dreamt])
+    drawn = old_episodes(buffer, 30, seed=1)
+    by_episode = {e.episode_id: [row for row in rows if row.episode_id == e.episode_id] for e in drawn}
+    assert drawn == [row for episode in by_episode.values() for row in episode] and len(drawn) >= 30
+    assert drawn == old_episodes(buffer, 30, seed=1) != old_episodes(buffer, 30, seed=2)
+
+
+def test_a_named_model_is_refreshed_by_trl(env, rows, small):
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    model = ExperiencePrompts(ReasoningModelConfig(), buffer, env.mapper)
+    before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    section = ReasoningModelConfig(name="some/model", batch_size=4, lr=1e-2, lora_rank=2)
+    report = refresh(model, small, rows[:8], section, steps=2)
+    assert math.isfinite(report.loss) and len(buffer) == 8
+    after = small.model.state_dict()
+    assert set(after) == set(before) and any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_without_steps_the_buffer_alone_grows(env, rows, small):
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    model = ExperiencePrompts(ReasoningModelConfig(), buffer, env.mapper)
+    before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    report = refresh(model, small, rows[:8], ReasoningModelConfig(), steps=0)
+    assert report.loss is None and len(buffer) == 8
+    assert all(torch.equal(value, before[name]) for name, value in small.model.state_dict().items())
 
 
 def test_a_refresh_never_learns_from_dreams(env, rows, small):

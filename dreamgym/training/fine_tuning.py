@@ -195,10 +195,11 @@ def own_copy(
 ) -> ReasoningExperienceModel:
     """A copy that can be refreshed."""
     client: Any = model.client
+    shared: Any = model.buffer
     read, plain = weights and load_language_model(weights, device=device), client.language_model
     language_model = read or LanguageModel(copy.deepcopy(plain.model), plain.tokenizer)
-    copy_store(model.buffer.db, memory)
-    buffer = ExperienceReplayBuffer(model.buffer.config, memory, model.buffer.encoder, dedup=False)
+    copy_store(shared.db, memory)
+    buffer = ExperienceReplayBuffer(shared.config, memory, shared.encoder, dedup=False)
     buffer.rewind(iteration)
     own = copy.copy(model)
     own.client, own.buffer = GeneratorClient(language_model, client.generator.chunk, client.seed), buffer
@@ -217,8 +218,9 @@ def refresh_by(
     began, spent = time.monotonic(), sum(len(game.turns) for game in games)
     fresh = [e for game in games if game.aborted is None for e in experiences_of(game, env, "rl", iteration)]
     client: Any = model.client
+    memory: Any = model.buffer
     metrics: dict[str, float] = {"buffer/fresh": spent}
     if fresh:
         report = refresh(model, client.language_model, fresh, section, section.refresh_steps, seed=seed)
         metrics |= {"buffer/replayed": report.replayed} | ({} if report.loss is None else {"dream/loss": report.loss})
-    return metrics | {"buffer/size": len(model.buffer), "time/refresh": time.monotonic() - began}
+    return metrics | {"buffer/size": len(memory), "time/refresh": time.monotonic() - began}

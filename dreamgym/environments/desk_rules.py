@@ -14,7 +14,7 @@ from .service_desk import ENDS, KINDS, Request, read_ticket, right_outcome
 from .tool_calls import CallError, ToolCall, read_call
 
 # %% auto #0
-__all__ = ['ARGUMENTS', 'DeskVerdict', 'proper_call', 'judge_call', 'check_wish', 'check_goal', 'desk_trace', 'expected_desk',
+__all__ = ['ARGUMENTS', 'DeskVerdict', 'proper_call', 'judge_call', 'check_order', 'check_goal', 'desk_trace', 'expected_desk',
            'desk_determined', 'desk_violations']
 
 # %% ../../nbs/environments/14c_desk_rules.ipynb #990594b7
@@ -104,17 +104,17 @@ def _judge_change(state: DeskState, call: ToolCall, name: str, view: OrderView) 
     return DeskVerdict(all(holds for _, holds in tests), tuple(facts))
 
 # %% ../../nbs/environments/14c_desk_rules.ipynb #cb1c36f5
-def check_wish(
+def check_order(
     state: DeskState,
-    request: Request,
+    name: str,  # of an order that was shown
+    request: Request | None,  # what the ticket wants of it
 ) -> tuple[bool | None, list[str]]:  # right, wrong or None: hidden facts decide; with the facts
-    """Whether one wish was handled as the policy says."""
-    wish = f"{request.wish} {request.item} {request.detail}".strip()
-    name = next((name for name, view in state.orders.items() if view.item == request.item), None)
-    if name is None:
-        return False, [wish, "nowhere", "wrong"]
-    view, kind = state.orders[name], request.item.split(" ")[1]
-    facts, colours = [wish, _line(state, name)], state.stock.get(kind)
+    """Whether one order was handled as the policy says."""
+    view = state.orders[name]
+    if request is None:
+        return not view.outcome, [_line(state, name), "unasked", "wrong" if view.outcome else "right"]
+    kind = request.item.split(" ")[1]
+    facts, colours = [_line(state, name), _wish(request)], state.stock.get(kind)
     swap = request.wish == "exchange" and view.status == "delivered" and not view.final
     facts += [_stock(state, kind)] if swap else []
     if swap and colours is None and view.outcome == "refunded":
@@ -124,20 +124,23 @@ def check_wish(
     return right, [*facts, f"should {should}", "right" if right else "wrong"]
 
 
+def _wish(request: Request) -> str:
+    return f"{request.wish} {request.item} {request.detail}".strip()
+
+# %% ../../nbs/environments/14c_desk_rules.ipynb #06fa38dd
 def check_goal(
     state: DeskState,
 ) -> tuple[bool | None, list[str]]:  # None: hidden facts decide
     """Whether the ticket is solved, and why."""
-    requests, facts = read_ticket(state.task)[1], list[str]()
+    wanted = {request.item: request for request in read_ticket(state.task)[1]}
+    shown, facts = {view.item: name for name, view in state.orders.items()}, list[str]()
     answers: list[bool | None] = []
-    for request in requests:
-        right, why = check_wish(state, request)
+    for name, view in state.orders.items():
+        right, why = check_order(state, name, wanted.get(view.item))
         answers.append(right)
         facts += why
-    asked = {request.item for request in requests}
-    others = [name for name, view in state.orders.items() if view.outcome and view.item not in asked]
-    facts.append(f"others {' '.join(others) or 'none'}")
-    answers.append(not others)
+    answers.append(set(wanted) <= set(shown))
+    facts += [f"{item} {shown.get(item, 'nowhere')}" for item in wanted]
     solved = False if False in answers else None if None in answers else True
     return solved, [*facts, "maybe" if solved is None else "done" if solved else "not yet"]
 

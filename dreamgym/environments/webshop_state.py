@@ -109,13 +109,13 @@ def turn_to(
 
 
 def _read_found(text: str) -> dict[str, str]:
-    """The products of a results line. Raises ValueError for one without a price."""
+    """The products of a results line, each once: a model that lists one again adds nothing. Raises ValueError without a price."""
     found = {}
     for part in text.split("; ") if text != "nothing" else ():
         asin, _, line = part.partition(" ")
-        if " > " not in line or asin in found:
-            raise ValueError(f"webshop results: expected 'id title > price', each id once, got {part!r}")
-        found[asin] = line
+        if " > " not in line:
+            raise ValueError(f"webshop results: expected 'id title > price', got {part!r}")
+        found.setdefault(asin, line)
     return found
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #75898417

@@ -25,8 +25,8 @@ from .web_state import Element, browser_call, read_page
 
 # %% auto #0
 __all__ = ['LONGEST', 'SharedBrowser', 'QuietChat', 'open_browser', 'read_elsewhere', 'last_answer', 'site_task_class',
-           'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'act', 'WorkerEpisodes', 'read_requests',
-           'serve']
+           'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'may_open_tab', 'act', 'WorkerEpisodes',
+           'read_requests', 'serve']
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #483b0cc2
 class SharedBrowser:
@@ -219,13 +219,25 @@ def fast_settings() -> dict[str, Any]:
     return how | {"action_mapping": actions.to_python_code}
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #7e0b7df2
+def may_open_tab(
+    page: Any,  # Playwright's
+) -> bool:
+    """Whether a click could open a tab; a page that is just leaving may."""
+    from playwright.sync_api import Error
+
+    try:
+        return page.locator("[target=_blank]").count() > 0
+    except Error:
+        return True
+
+# %% ../../nbs/environments/15c_browser_worker.ipynb #b8fe54e5
 def act(
     env: Any,  # BrowserGym's
     call: str,
     tries: int = 3,
 ) -> tuple[float, bool]:  # reward, and whether the episode is over
     """One action; BrowserGym gives an element half a second, which a busy machine needs more than once."""
-    known, opens = set(env.context.pages), call.startswith("click") and env.page.locator("[target=_blank]").count()
+    known, opens = set(env.context.pages), call.startswith("click") and may_open_tab(env.page)
     for _ in range(tries):
         _, reward, terminated, _, _ = env.step(call)
         problem = env.last_action_error

@@ -192,7 +192,7 @@ def goal_order(
 
 def site_tasks(
     split: str,  # 'train', 'seen', 'valid' or 'unseen'
-    worlds: int = 6,  # of each site
+    worlds: int = 10,  # of each site
 ) -> list[Task]:  # in a fixed order
     """All tasks of a split. Raises ConfigError for an unknown one."""
     if split not in FIRST_WORLD:

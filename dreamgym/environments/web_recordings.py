@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'MIXTURE', 'episode_line', 'record_web', 'main', 'web_episode', 'own_action']
 
 # %% ../../nbs/environments/16b_web_recordings.ipynb #5f127149
-MIXTURE = ((EXPERT, 1), (Behaviour("noisy", 0.3), 1), (Behaviour("noisy", 0.6), 1), (RANDOM, 2))  # every n-th task
+MIXTURE = ((EXPERT, 1), (Behaviour("noisy", 0.3), 1), (Behaviour("noisy", 0.6), 1), (RANDOM, 4))  # every n-th task
 
 
 def episode_line(
@@ -73,7 +73,7 @@ def record_web(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Records browser episodes on the embedded sites.")
-    parser.add_argument("--tasks", type=int, default=120, help="training tasks; some behaviours play a part of them")
+    parser.add_argument("--tasks", type=int, default=240, help="training tasks; some behaviours play a part of them")
     parser.add_argument("--out", default="data/offline/webarena", help="folder of the files")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)

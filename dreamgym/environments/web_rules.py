@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ..core.data_structures import Experience
 from .site_tasks import ASKING, SiteGoal, read_goal
 from .sites import GOODS
-from .web_state import FIELDS, LISTS, WebState, parse_state, read_command
+from .web_state import FIELDS, LISTS, WebState, label_of, parse_state, read_command, write_command
 
 # %% auto #0
 __all__ = ['page_name', 'find_line', 'value_of', 'fact_of', 'expert_action', 'Effect', 'effect_of', 'goal_reached',
@@ -68,11 +68,17 @@ def expert_action(
     if page_name(s) == "cart" and (done := _act_in_cart(s, goal)):
         return done
     if goal.kind == "remove":
-        return f"click {find_line(s, 'link: cart')}"
+        return _on(s, "click", "link: cart")
     for name in (goal.item, goal.list):
-        if name and (number := find_line(s, f"link: {name}")):
-            return f"click {number}"
+        if name and find_line(s, f"link: {name}"):
+            return _on(s, "click", f"link: {name}")
     return _look_for(s, goal)
+
+
+def _on(s: WebState, verb: str, line: str, value: str = "") -> str:
+    """An action on a line; without it, the way home."""
+    number = find_line(s, line)
+    return write_command(s.lines, verb, number, value) if number else write_command(s.lines, "click", 1)
 
 
 def _act_here(s: WebState, goal: SiteGoal) -> str:
@@ -81,35 +87,30 @@ def _act_here(s: WebState, goal: SiteGoal) -> str:
         return f"answer {fact_of(s, goal.kind)}"
     if goal.kind in ("reply", "post", "create"):
         label = "comment" if goal.kind == "reply" else "title"
-        number = find_line(s, f"textbox: {label}")
-        written = value_of(s, label) == goal.value
-        return f"click {find_line(s, f'button: {goal.kind}')}" if written else f"fill {number} {goal.value}"
+        if value_of(s, label) != goal.value:
+            return _on(s, "fill", f"textbox: {label}", goal.value)
     if goal.kind == "assign" and value_of(s, "assignee") != goal.value:
-        return f"choose {find_line(s, 'combobox: assignee')} {goal.value}"
-    label = "add" if goal.kind == "buy" else goal.kind
-    return f"click {find_line(s, f'button: {label}') or 1}"
+        return _on(s, "choose", "combobox: assignee", goal.value)
+    return _on(s, "click", f"button: {'add' if goal.kind == 'buy' else goal.kind}")
 
 # %% ../../nbs/environments/15e_web_rules.ipynb #4b6a3083
 def _act_in_cart(s: WebState, goal: SiteGoal) -> str:
     """'' if there is nothing to do here."""
     label = {"buy": "buy", "remove": f"remove {goal.item}"}.get(goal.kind, "")
-    number = find_line(s, f"button: {label}") if find_line(s, f"text: {goal.item}") else 0
-    return f"click {number}" if number else ""
+    there = find_line(s, f"button: {label}") and find_line(s, f"text: {goal.item}")
+    return _on(s, "click", f"button: {label}") if there else ""
 
 
 def _look_for(s: WebState, goal: SiteGoal) -> str:
     """From a page that does not show the thing."""
     if goal.kind in ("price", "rating"):
-        searched = value_of(s, "query") == goal.item
-        return (
-            f"click {find_line(s, 'button: search')}"
-            if searched
-            else f"fill {find_line(s, 'textbox: query')} {goal.item}"
-        )
+        if value_of(s, "query") != goal.item:
+            return _on(s, "fill", "textbox: query", goal.item)
+        return _on(s, "click", "button: search")
     if goal.kind == "karma":
-        return f"click {find_line(s, 'link: people')}"
+        return _on(s, "click", "link: people")
     category = next((name for name, nouns in GOODS.items() if goal.item.rpartition(" ")[2] in nouns.split()), "")
-    return f"click {find_line(s, f'link: {category}') or 1}"
+    return _on(s, "click", f"link: {category}")
 
 # %% ../../nbs/environments/15e_web_rules.ipynb #0057891c
 @dataclass(frozen=True, slots=True)
@@ -126,11 +127,11 @@ def effect_of(
     action: str,
 ) -> Effect:
     """Applies the rules to what is known."""
-    command, same = read_command(action), Effect(True, state.page, state.lines)
+    command, same = read_command(action, state.lines), Effect(True, state.page, state.lines)
     if command.verb == "answer":
         return same
     role, _, rest = state.line(command.number).partition(": ")
-    label = rest.partition(" = ")[0]
+    label = label_of(state.line(command.number))
     if not role or command.verb not in ("click", "fill", "choose"):
         return Effect(False)
     if command.verb == "fill":
@@ -204,7 +205,7 @@ def goal_reached(
     after: WebState,
 ) -> bool | None:  # None: the state does not say
     """Whether an action that worked completes the task."""
-    goal, command = read_goal(state.task), read_command(action)
+    goal, command = read_goal(state.task), read_command(action, state.lines)
     here, line = page_name(state), state.line(command.number)
     if command.verb == "answer":
         if goal.kind not in ASKING:
@@ -245,8 +246,10 @@ def reasoning_trace(
     next_state: str,  # what really happened; its last line gives the verdict
 ) -> str:  # one line, such as 'button assign; ok; goal assign login crash anna; at login crash; anna; done'
     """The reasoning for one real transition."""
-    before, after, command = parse_state(state), parse_state(next_state), read_command(action)
-    touched = before.line(command.number).partition(" of ")[0] if command.number else command.verb or "no action"
+    before, after = parse_state(state), parse_state(next_state)
+    command = read_command(action, before.lines)
+    acts = command.verb in ("click", "fill", "choose")
+    touched = before.line(command.number).partition(" of ")[0] if acts else command.verb or "no action"
     parts = [" ".join(touched.replace(":", "").split()) or "missing", "ok" if after.last == "ok" else "fail"]
     if after.last != "ok" or not _may_complete(before, action):
         return "; ".join(parts)
@@ -259,7 +262,7 @@ def reasoning_trace(
 
 def _may_complete(before: WebState, action: str) -> bool:
     """Whether the goal's check is worth writing down."""
-    goal, command = read_goal(before.task), read_command(action)
+    goal, command = read_goal(before.task), read_command(action, before.lines)
     line = before.line(command.number)
     if command.verb != "click":
         return command.verb == "answer"
@@ -270,7 +273,8 @@ def _may_complete(before: WebState, action: str) -> bool:
 # %% ../../nbs/environments/15e_web_rules.ipynb #aff10718
 def _deciding(before: WebState, action: str, goal: SiteGoal, after: WebState) -> list[str]:
     """The facts that decide, besides the page."""
-    command, line = read_command(action), before.line(read_command(action).number)
+    command = read_command(action, before.lines)
+    line = before.line(command.number)
     if command.verb == "answer":
         return [f"{goal.kind} {fact_of(before, goal.kind) or 'unseen'}", command.value]
     if line.startswith("button: ") and line != f"button: {_button(goal)}":

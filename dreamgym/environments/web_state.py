@@ -15,7 +15,8 @@ from ..core.data_structures import Task
 # %% auto #0
 __all__ = ['FIELDS', 'LISTS', 'SWITCHES', 'CONTROLS', 'MAX_LINES', 'MAX_WORDS', 'fold', 'Element', 'Node', 'read_nodes',
            'WebPage', 'read_page', 'read_element', 'WebState', 'parse_state', 'write_change', 'apply_change', 'Command',
-           'read_command', 'browser_call', 'phrases', 'possible_actions', 'state_of', 'WebMapper']
+           'label_of', 'labelled', 'write_command', 'read_command', 'browser_call', 'phrases', 'possible_actions',
+           'state_of', 'WebMapper']
 
 # %% ../../nbs/environments/15b_web_state.ipynb #d86b081a
 FIELDS = ("textbox", "searchbox", "spinbutton", "Date", "InputTime")
@@ -225,6 +226,9 @@ def apply_change(
 _SHORT = re.compile(r"(click|fill|choose) (\d+)(?: (.*))?$|answer (.*)$")
 
 
+_NAMED = re.compile(r"(click|fill|choose) (.+?)(?: = ?(.*))?$")
+
+
 _CALL = re.compile(r"(\w+)\((.*)\)$", re.S)
 
 
@@ -242,12 +246,47 @@ class Command:
     """An action, read."""
 
     verb: str  # 'click', 'fill', 'choose', 'answer', 'call'; '': no action
-    number: int = 0  # of a line
+    number: int = 0  # of a line; 0: none is meant, or none is there
     value: str = ""  # text, option, answer, or the call
 
 # %% ../../nbs/environments/15b_web_state.ipynb #4b9e697a
+def label_of(
+    line: str,  # 'textbox: query = red mug'
+) -> str:  # 'query'; '' for a text
+    """What a control is called."""
+    role, _, rest = line.partition(": ")
+    if role == "text":
+        return ""
+    named = rest.partition(" = ")[0] if role in (*FIELDS, *LISTS, *SWITCHES) else rest
+    return named.partition(" of ")[0] if role in LISTS else named
+
+
+def labelled(
+    lines: Sequence[str],  # of a state
+    label: str,
+) -> int:  # number; 0: there is none, or more than one
+    """The only control of that name."""
+    numbers = [number for number, line in enumerate(lines, 1) if label_of(line) == label]
+    return numbers[0] if len(numbers) == 1 and label else 0
+
+# %% ../../nbs/environments/15b_web_state.ipynb #6bfd858a
+def write_command(
+    lines: Sequence[str],  # of a state
+    verb: str,  # 'click', 'fill', 'choose'
+    number: int,  # of a line
+    value: str = "",
+) -> str:
+    """An action by the shortest name that only one control has: its label, else its number."""
+    label = label_of(lines[number - 1]) if 0 < number <= len(lines) else ""
+    plain = len(label.split()) <= 5 and " = " not in label and not re.match(r"\d+( |$)", label)
+    if plain and labelled(lines, label) == number:
+        return f"{verb} {label} = {value}" if value else f"{verb} {label}"
+    return f"{verb} {number} {value}".rstrip()
+
+# %% ../../nbs/environments/15b_web_state.ipynb #a0b14d50
 def read_command(
     action: str,
+    lines: Sequence[str] = (),  # of the state, for labels
 ) -> Command:
     """An action's verb, line and value; other text gives the verb ''."""
     if match := _SHORT.fullmatch(action.strip()):
@@ -258,6 +297,8 @@ def read_command(
         return Command(verb, int(number), (value or "").strip()) if known else Command("")
     if (match := _CALL.fullmatch(action.strip())) and match[1] in (_SAY, *_FREE, *_BY_ID):
         return _read_call(action.strip(), match[1])
+    if (match := _NAMED.fullmatch(action.strip())) and (match[1] == "click") == (match[3] is None):
+        return Command(match[1], labelled(lines, match[2]), (match[3] or "").strip())
     return Command("")
 
 
@@ -279,19 +320,19 @@ def _read_call(call: str, name: str) -> Command:
     verb = {"select_option": "choose"}.get(name, name)
     return Command(verb, int(texts[0]), " ".join(texts[1:])) if texts[0].isdigit() else Command("")
 
-# %% ../../nbs/environments/15b_web_state.ipynb #6bfd858a
+# %% ../../nbs/environments/15b_web_state.ipynb #766f7c87
 def browser_call(
     action: str,
     elements: Sequence[Element],  # of the page that the action is meant for
 ) -> tuple[str, str]:  # BrowserGym's call, and why there is none
     """An action as BrowserGym runs it; '' with the reason if it can have no effect."""
-    command = read_command(action)
+    command = read_command(action, [element.text() for element in elements])
     if command.verb == "":
-        return "", "expected click n, fill n text, choose n option, answer text, or a call of BrowserGym's webarena set"
+        return "", "expected click, fill, choose with a label or number, answer, or a call of BrowserGym's webarena set"
     if command.verb in ("answer", "call"):
         return (f"send_msg_to_user({command.value!r})" if command.verb == "answer" else command.value), ""
     if not 0 < command.number <= len(elements) or not elements[command.number - 1].bid:
-        return "", f"the page has no element [{command.number}] to act on"
+        return "", f"the page has no control [{command.number or action.partition(' ')[2]}], or several of that name"
     element = elements[command.number - 1]
     call = {"choose": "select_option"}.get(command.verb, command.verb)
     fits = {"fill": (*FIELDS, "combobox"), "choose": LISTS}.get(command.verb)
@@ -325,14 +366,15 @@ def possible_actions(
     for number, line in enumerate(state.lines, 1):
         role, _, rest = line.partition(": ")
         if role in FIELDS:
-            actions += [f"fill {number} {phrase}" for phrase in phrases(state.task)]
+            actions += [write_command(state.lines, "fill", number, phrase) for phrase in phrases(state.task)]
         elif role in LISTS:
-            actions += [f"choose {number} {option}" for option in rest.partition(" of ")[2].split()]
+            options = rest.partition(" of ")[2].split()
+            actions += [write_command(state.lines, "choose", number, option) for option in options]
             answers.append(rest.partition(" of ")[0].rpartition(" ")[2])
         elif role == "text":
             answers.append(rest.rpartition(" ")[2])
         else:
-            actions.append(f"click {number}")
+            actions.append(write_command(state.lines, "click", number))
             answers += [rest] if " " not in rest and number > 2 else []
     asks = state.task.lower().startswith(_QUESTIONS)
     return actions + [f"answer {answer}" for answer in dict.fromkeys(answers) if asks and answer]
@@ -383,6 +425,7 @@ class WebMapper:
 
     def silent(self, state: str, action: str) -> bool:
         """Whether the outcome may depend on more than the state: a click on a control."""
-        command = read_command(action)
-        line = parse_state(state).line(command.number)
+        parsed = parse_state(state)
+        command = read_command(action, parsed.lines)
+        line = parsed.line(command.number)
         return command.verb in ("click", "call") and bool(line) and not line.startswith("text: ")

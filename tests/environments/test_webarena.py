@@ -14,7 +14,18 @@ from dreamgym.environments import browser, webarena
 from dreamgym.environments.site_tasks import site_tasks, vary, webarena_config, world_goals
 from dreamgym.environments.sites import HEADERS, ROUTES, SITES, SiteServer, open_database
 from dreamgym.environments.web_rules import effect_of, expert_action, violations
-from dreamgym.environments.web_state import WebMapper, WebState, apply_change, parse_state, read_page, write_change
+from dreamgym.environments.web_state import (
+    Command,
+    WebMapper,
+    WebState,
+    apply_change,
+    browser_call,
+    parse_state,
+    read_command,
+    read_page,
+    write_change,
+    write_command,
+)
 
 
 def test_every_link_and_form_of_every_site_leads_somewhere():
@@ -85,6 +96,25 @@ def test_changes_round_trip_between_any_states_also_without_the_marks_that_token
         assert apply_change(first, change.replace(": ", " ").replace("] ", "]")) == second
 
 
+def test_a_label_names_one_control_and_only_one():
+    lines = [
+        "link: home",
+        "text: close",
+        "textbox: title = old",
+        "link: 3 pots",
+        "button: close",
+        "link: twice",
+        "link: twice",
+    ]
+    for number, named in enumerate(["home", "", "title", "", "close", "", ""], 1):
+        command = write_command(lines, "fill", number, "a = b")
+        assert command == (f"fill {named} = a = b" if named else f"fill {number} a = b")
+        assert read_command(command, lines) == Command("fill", number, "a = b")
+    assert read_command("click twice", lines) == Command("click", 0) == read_command("click nothing", lines)
+    assert read_command("choose title", lines) == read_command("push title", lines) == Command("")
+    assert browser_call("click twice", []) == ("", "the page has no control [twice], or several of that name")
+
+
 def test_a_short_state_comes_of_a_huge_page():
     lines = "".join(f"\t[{i}] link 'item {i}'\n" for i in range(100_000))
     state = WebMapper().start(Task("t", "x"), f"RootWebArea 'huge'\n{lines}")
@@ -110,9 +140,11 @@ def test_the_rules_know_a_wrong_prediction():
         "button: close",
     ]
     state = WebState("close login crash in mobile", "tracker login crash", lines).text()
-    assert expert_action(state) == "click 5"
+    assert expert_action(state) == "click close"
     closed = apply_change(state, "[2] text: status closed\n[5] button: reopen")
-    assert violations(state, "click 5", closed, 1.0, True) == []
+    for action in ("click 5", "click close"):
+        assert violations(state, action, closed, 1.0, True) == []
+    assert violations(state, "click buy", apply_change(state, "fail click buy"), 0.0, False) == []
     assert "missed reward" in violations(state, "click 5", closed, 0.0, False)
     assert "wrong lines" in violations(state, "click 5", state, 1.0, True)
     assert "false reward" in violations(state, "click 4", state, 1.0, True)

@@ -194,6 +194,8 @@ def check_algorithm(
         )
     if not rl.group_std and rl.algorithm != "grpo":
         raise ConfigError(f"rl.group_std: false is Dr. GRPO, for rl.algorithm: grpo only, not {rl.algorithm}")
+    if rl.algorithm == "rft" and (scale.asked_for("FSDP") or scale.asked_for("DEEPSPEED")):
+        raise ConfigError("rl.algorithm: rft steps on each rank alone, with whole weights; use torchrun (DDP)")
     if rl.algorithm == "dpo" and config.policy_model.context != "state":
         raise ConfigError("rl.algorithm: dpo compares two actions in one state; set policy_model.context to 'state'")
 
@@ -581,7 +583,7 @@ def save_stopped(
     """What can be kept of an arm that was told to stop."""
     manifest = loop.checkpoints / manifest_name(loop.iteration)
     started = loop.iteration > 0 and (loop.run.path / "episodes.jsonl").is_file()
-    alone = is_main(loop.accelerator) and not scale.is_spread(loop.accelerator)  # no other rank is needed
+    alone = is_main(loop.accelerator) and not scale.state_is_spread(loop.accelerator)  # no other rank is needed
     if loop.whole and started and alone and not manifest.is_file():
         save_arm(loop)
 

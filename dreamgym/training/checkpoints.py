@@ -23,7 +23,7 @@ from ..core.errors import CheckpointError
 from ..core.language_model import LanguageModel, load_language_model
 from ..utils.tracking import sync_folder, write_json
 from .policy import Policy, TurnCodec
-from .scale import gathered, lora_tensors, merged, spread_like
+from .scale import lora_tensors, merged, restore_zero, spread_like, whole_state, zero_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,9 @@ def optimizer_tensors(
 ) -> dict[str, torch.Tensor]:  # 'index.name' -> tensor on the CPU
     """Optimiser state as named tensors, whole ones where it is spread over ranks."""
     found: dict[str, torch.Tensor] = {}
-    for i, slot in optimizer.state_dict()["state"].items():
-        for name, value in slot.items():
-            whole = gathered(torch.as_tensor(value))
-            if keep:
-                found[f"{i}.{name}"] = whole.to("cpu", copy=True)
+    for name, whole in whole_state(optimizer):
+        if keep:
+            found[name] = whole.to("cpu", copy=True)
     return found
 
 
@@ -53,11 +51,16 @@ def restore_optimizer(
 ) -> None:
     """Inverse of `optimizer_tensors`; hyper-parameters stay the optimiser's own."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = spread_like(tensor, parameters[int(index)])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(int(index), {})[name] = tensor
+    zero = zero_optimizer(optimizer)
+    if zero is not None:
+        restore_zero(zero, state)
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    mine = {i: {name: spread_like(t, parameters[i]) for name, t in slot.items()} for i, slot in state.items()}
+    optimizer.load_state_dict({"state": mine, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #f21504e7
 def rng_tensors() -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -173,8 +173,7 @@ def make_codec(
         raise ConfigError(f"policy_model.context: {config.context}: {error}") from None
 
 # %% ../../nbs/training/30_policy.ipynb #72d4a90c
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """What a policy says of N agent tokens, in row order."""
 
     logprobs: Tensor  # (N,)

@@ -20,6 +20,7 @@ from ..core.errors import ConfigError, DreamGymError
 from ..core.language_model import Rows
 from .advantages import moments, pad_episodes, rank_sum, truncation_bootstrap, two_level_gae, whiten
 from .policy import Policy, TokenScores
+from .scale import gathered, is_zero, micro_batch, zero_step
 
 # %% auto #0
 __all__ = ['Loss', 'Share', 'TokenRow', 'pack_turns', 'collate', 'micro_batches', 'even_out', 'TokenBatch', 'bare', 'dropout_off',
@@ -432,17 +433,16 @@ def accumulate(
 ) -> dict[str, float]:  # means over the tokens of the step, on all ranks
     """Gradient of one optimiser step, micro-batch after micro-batch."""
     device, found = next(policy.parameters()).device, []
-    policy.zero_grad(set_to_none=True)
+    policy.zero_grad()
     whole = rank_sum(torch.tensor(float(share(batch, settings)), device=device), accelerator).clamp(min=1e-8)
     scale = (accelerator.num_processes if accelerator else 1) / whole
     cuts = even_out(micro_batches([len(row.ids) for row in batch.rows], settings.token_budget), accelerator)
     for i, cut in enumerate(cuts):
         part = batch.take(cut)
-        last = i == len(cuts) - 1  # where ranks meet
-        with nullcontext() if last or accelerator is None else accelerator.no_sync(policy):
+        with micro_batch(policy, accelerator, last=i == len(cuts) - 1) as backward:
             scores = policy(collate(part.rows, device), settings.temperature)
             total, columns = loss(scores, part, settings)
-            (accelerator.backward if accelerator else Tensor.backward)(total * scale)
+            backward(total * scale)
         found.append({name: column.detach() for name, column in columns.items()})
     return token_means(found, accelerator)
 
@@ -487,11 +487,15 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float = 1.0,
     accelerator: Any = None,
+    frozen: nn.Module | None = None,  # part of the policy that must not move
 ) -> float:  # norm of the gradient before clipping; not finite: the step was skipped
     """One optimiser step with the gradient that has been accumulated."""
+    if is_zero(accelerator):
+        return zero_step(policy, max_grad_norm, frozen)
+    if frozen is not None:
+        frozen.zero_grad()
     clip = accelerator.clip_grad_norm_ if accelerator else nn.utils.clip_grad_norm_
-    norm: Any = clip(policy.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = float(gathered(clip(policy.parameters(), max_grad_norm)))
     if math.isfinite(norm):
         optimizer.step()
     return norm
@@ -513,18 +517,16 @@ def optimise(
     with dropout_off(policy):
         for chosen in all_minibatches(batch, settings, accelerator):
             found = accumulate(policy, batch.take(chosen), loss, share, settings, accelerator)
-            if frozen is not None:
-                frozen.zero_grad(set_to_none=True)
             if found["policy/kl_old"] > settings.kl_stop:
                 seen.add(found, "policy/kl_stops")
                 break
             finite = all(map(math.isfinite, found.values()))
-            norm = take_step(policy, optimizer, settings.max_grad_norm, accelerator) if finite else math.nan
+            norm = take_step(policy, optimizer, settings.max_grad_norm, accelerator, frozen) if finite else math.nan
             if guard.passes(norm):
                 seen.add(found | {"policy/grad_norm": norm}, "policy/updates")
             else:
                 seen.counts["policy/skipped_updates"] += 1
-    policy.zero_grad(set_to_none=True)
+    policy.zero_grad()
     return {**seen.means(), **batch.metrics}
 
 # %% ../../nbs/training/33_ppo.ipynb #56803a1e

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from .policy import Policy
 
 # %% auto #0
 __all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'asked_for',
-           'check_engine', 'make_accelerator', 'spread_on_cpu', 'autocast', 'is_main', 'from_main', 'share_of',
-           'is_spread', 'gathered', 'spread_like', 'spread', 'gather_weights', 'make_generator']
+           'check_engine', 'check_zero', 'make_accelerator', 'set_up_zero', 'spread_on_cpu', 'zero_on_cpu', 'is_zero',
+           'autocast', 'is_main', 'from_main', 'share_of', 'is_spread', 'gathered', 'spread_like', 'spread',
+           'gather_weights', 'micro_batch', 'zero_step', 'left_out', 'zero_optimizer', 'whole_state', 'from_pieces',
+           'to_piece', 'restore_zero', 'state_is_spread', 'make_generator']
 
 # %% ../../nbs/training/30a_scale.ipynb #2d3d3693
 def add_lora(
@@ -122,16 +126,34 @@ def asked_for(
 
 
 def check_engine() -> None:
-    """Raises ConfigError for an engine that this trainer cannot drive."""
-    wanted = {name: asked_for(key) for key, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"))}
+    """Raises ConfigError for an engine that this trainer cannot drive, MissingExtra for DeepSpeed where it is absent."""
+    wanted = {"Megatron-LM": asked_for("MEGATRON_LM")}
     wanted["FSDP version 1"] = asked_for("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
     for name in (name for name, here in wanted.items() if here):
         raise ConfigError(
-            f"accelerate is configured for {name}, which this trainer cannot drive; expected DDP (torchrun), or FSDP2, "
-            "which spreads what DeepSpeed's ZeRO-3 spreads: accelerate launch --use_fsdp --fsdp_version 2"
+            f"accelerate is configured for {name}, which this trainer cannot drive; expected DDP (torchrun), FSDP2 "
+            "(accelerate launch --use_fsdp --fsdp_version 2) or DeepSpeed (--use_deepspeed --zero_stage 2)"
         )
+    if asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
+        raise MissingExtra("deepspeed", "pip install 'dreamgym[deepspeed]'")
 
 # %% ../../nbs/training/30a_scale.ipynb #29c24a88
+def check_zero(
+    config: Mapping[str, Any],  # DeepSpeed's, as accelerate read it
+) -> None:
+    """Raises ConfigError for a DeepSpeed that this trainer cannot drive."""
+    zero, none = config["zero_optimization"], (None, {}, "none")
+    moved = [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device") not in none]
+    half = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
+    found = f"stage {zero['stage']}"
+    if zero["stage"] in (1, 2) and not moved and not half:
+        return
+    raise ConfigError(
+        f"DeepSpeed is configured for {', '.join([found, *moved, *half])}; expected stage 1 or 2 without offloading and with "
+        "float32 weights (training.mixed_precision says what is multiplied in); for spread weights use FSDP2"
+    )
+
+# %% ../../nbs/training/30a_scale.ipynb #8eebecdf
 def make_accelerator(
     section: TrainingConfig,
 ) -> Any:  # accelerate.Accelerator; None: one process on a CPU
@@ -142,13 +164,30 @@ def make_accelerator(
     check_engine()
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # rank 0 may play for long
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
-    if cpu and asked_for("FSDP"):
+    zero, patience = asked_for("DEEPSPEED"), {"timeout": timedelta(hours=24)}  # rank 0 may play for long
+    if cpu and zero:
+        patience |= zero_on_cpu()
+    half = "no" if zero else precision  # DeepSpeed's own is another one
+    handlers = [InitProcessGroupKwargs(**patience)]
+    accelerator = Accelerator(cpu=cpu and not zero, mixed_precision=half, kwargs_handlers=handlers)
+    if zero:
+        set_up_zero(accelerator.state.deepspeed_plugin.deepspeed_config, precision)
+    elif cpu and asked_for("FSDP"):
         spread_on_cpu(accelerator)
     return accelerator
 
+# %% ../../nbs/training/30a_scale.ipynb #47f29f23
+def set_up_zero(
+    config: dict[str, Any],  # DeepSpeed's, changed in place
+    precision: str,  # 'no' or 'bf16'
+) -> None:
+    """What accelerate's configuration does not say. Raises ConfigError for what this trainer cannot drive."""
+    check_zero(config)
+    config |= {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
+    config["zero_optimization"]["round_robin_gradients"] = False  # parameters stay in order
 
+# %% ../../nbs/training/30a_scale.ipynb #dffce3b3
 def spread_on_cpu(accelerator: Any) -> None:
     """Turns FSDP on where accelerate would silently ignore it, and nobody but a test wants it."""
     from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -157,9 +196,29 @@ def spread_on_cpu(accelerator: Any) -> None:
     for state in (accelerator.state, PartialState()):
         state.distributed_type = DistributedType.FSDP
 
-# %% ../../nbs/training/30a_scale.ipynb #47f29f23
+
+def zero_on_cpu() -> dict[str, Any]:  # how ranks talk
+    """Keeps DeepSpeed from compiling a kernel for minutes. Raises ConfigError where it would take a GPU."""
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "training.device: DeepSpeed takes the GPUs that it finds; set CUDA_VISIBLE_DEVICES= to hide them"
+        )
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return {"backend": "gloo"}
+
+# %% ../../nbs/training/30a_scale.ipynb #9cb7d3fe
+def is_zero(accelerator: Any) -> bool:
+    """Whether DeepSpeed takes the optimiser's steps."""
+    return getattr(accelerator, "distributed_type", None) == "DEEPSPEED"
+
+
 def autocast(accelerator: Any) -> AbstractContextManager[Any]:
     """Sampling and training in one precision."""
+    if is_zero(accelerator):
+        half = accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
+        return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half)
     return nullcontext() if accelerator is None else accelerator.autocast()
 
 
@@ -240,6 +299,120 @@ def gather_weights(
         whole = gathered(parameter)
         if targets:
             targets[name].copy_(whole)
+
+# %% ../../nbs/training/30a_scale.ipynb #84f14f18
+@contextmanager
+def micro_batch(
+    policy: Any,  # wrapped where there are several ranks
+    accelerator: Any,  # None: one process
+    last: bool,  # of an optimiser step
+) -> Iterator[Callable[[Tensor], Any]]:  # takes a loss backward
+    """One forward and backward pass. A loss is not divided by their number."""
+    if is_zero(accelerator):
+        policy.set_gradient_accumulation_boundary(last)
+        yield partial(policy.backward, scale_wrt_gas=False)
+        return
+    with nullcontext() if last or accelerator is None else accelerator.no_sync(policy):
+        yield accelerator.backward if accelerator else Tensor.backward
+
+# %% ../../nbs/training/30a_scale.ipynb #3d81e9e5
+def zero_step(
+    engine: Any,  # deepspeed.DeepSpeedEngine with the policy
+    max_grad_norm: float,
+    frozen: nn.Module | None = None,  # part of the policy that must not move
+) -> float:  # norm of the gradient before clipping; not finite: the step was skipped
+    """One optimiser step with the gradient that has been accumulated."""
+    zero = engine.optimizer
+    zero.clip_grad = max_grad_norm
+    with left_out(zero, frozen):
+        engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+@contextmanager
+def left_out(
+    zero: Any,  # DeepSpeedZeroOptimizer
+    frozen: nn.Module | None,
+) -> Iterator[None]:
+    """No gradient and no step, for a while. Raises ConfigError if the part shares a group with others."""
+    still = {id(parameter) for parameter in frozen.parameters()} if frozen is not None else set()
+    touched = [i for i, group in enumerate(zero.bit16_groups) if any(id(p) in still for p in group)]
+    if not all(id(p) in still for i in touched for p in zero.bit16_groups[i]):
+        raise ConfigError("DeepSpeed freezes whole groups of parameters; give the optimiser a group for the value head")
+    kept = {i: zero.param_groups[i]["params"] for i in touched}
+    for i in touched:
+        zero.param_groups[i]["params"] = []
+        for gradient in zero.averaged_gradients[i]:
+            gradient.zero_()
+    yield
+    for i, parameters in kept.items():
+        zero.param_groups[i]["params"] = parameters
+
+# %% ../../nbs/training/30a_scale.ipynb #ca23245c
+def zero_optimizer(optimizer: Any) -> Any:  # DeepSpeedZeroOptimizer; None: it is another one
+    """What is inside accelerate's wrapper, if it is ZeRO's."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if hasattr(inner, "bit16_groups") else None
+
+
+def whole_state(
+    optimizer: Any,
+) -> Iterator[tuple[str, Tensor]]:  # 'index.name', tensor
+    """State of each parameter, whole where it is spread; then every rank must ask."""
+    zero = zero_optimizer(optimizer)
+    if zero is None:
+        for i, slot in optimizer.state_dict()["state"].items():
+            yield from ((f"{i}.{name}", gathered(torch.as_tensor(value))) for name, value in slot.items())
+        return
+    first = 0
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for name, piece in zero.state.get(flat, {}).items():
+            parts = [piece] * len(group) if name == "step" else from_pieces(piece, group)
+            yield from ((f"{first + i}.{name}", part) for i, part in enumerate(parts))
+        first += len(group)
+
+# %% ../../nbs/training/30a_scale.ipynb #6852f39e
+def from_pieces(
+    piece: Tensor,  # (P,) this rank's
+    group: Sequence[Tensor],  # parameters
+) -> list[Tensor]:  # one of each parameter's shape
+    """All ranks' pieces, end to end, cut into the shapes of parameters."""
+    pieces = [torch.empty_like(piece) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(pieces, piece)
+    sizes = [parameter.numel() for parameter in group]
+    parts = torch.cat(pieces)[: sum(sizes)].split(sizes)
+    return [part.view_as(parameter) for part, parameter in zip(parts, group, strict=True)]
+
+
+def to_piece(
+    parts: Sequence[Tensor],  # one of each parameter's shape
+    like: Tensor,  # (P,) this rank's piece
+    rank: int,
+) -> Tensor:  # (P,)
+    """Inverse of `from_pieces`; what no parameter fills is 0."""
+    mine = torch.cat([part.flatten() for part in parts])[rank * len(like) :][: len(like)]
+    piece = torch.zeros_like(like, requires_grad=False)
+    piece[: len(mine)] = mine.to(piece)
+    return piece
+
+# %% ../../nbs/training/30a_scale.ipynb #a337dd5b
+def restore_zero(
+    zero: Any,  # DeepSpeedZeroOptimizer
+    state: Mapping[int, Mapping[str, Tensor]],  # of each parameter
+) -> None:
+    """Gives each rank its pieces."""
+    first, rank = 0, torch.distributed.get_rank()
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        slots = [state.get(first + i, {}) for i in range(len(group))]
+        first += len(group)
+        for name, tensor in slots[0].items():
+            steps = name == "step"
+            zero.state[flat][name] = tensor.clone() if steps else to_piece([slot[name] for slot in slots], flat, rank)
+
+
+def state_is_spread(accelerator: Any) -> bool:
+    """Whether each rank holds only a part of the optimiser's state."""
+    return is_spread(accelerator) or is_zero(accelerator)
 
 # %% ../../nbs/training/30a_scale.ipynb #36e4428c
 def make_generator(

@@ -1,4 +1,9 @@
-"""Small policies and episodes made by hand, for the tests of estimators, losses and updates."""
+"""Small policies and episodes made by hand, for the tests of estimators, losses and updates; two ranks to run them on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -9,6 +14,16 @@ from dreamgym.training.ppo import TokenRow, score_rows
 
 DOORS = ["door 1", "door 2", "door 3"]
 LONG = " ".join(["nothing here"] * 9)
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+def run_two_ranks(script, out, **environment):
+    """Runs a test file as a program in two processes; `out` is where it leaves what it found."""
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split(), script, str(out)]
+    root, here = Path(__file__).resolve().parents[2], Path(__file__).parent
+    environment = os.environ | environment | {"PYTHONPATH": f"{root}:{here}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def new_policy(seed=1, hidden=32, family="SmallLM", **options):

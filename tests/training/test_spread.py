@@ -1,25 +1,25 @@
-"""The trainer under FSDP2, on two CPU ranks: it trains, saves and continues like one process."""
+"""The trainer under FSDP2 and under DeepSpeed, on two CPU ranks: it trains, saves and continues like one process."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rl_toys import ZERO, run_two_ranks
 from safetensors.torch import load_file
 from test_trainer import TINY, metrics
 
 from dreamgym.core.config import load_config
-from dreamgym.core.errors import ConfigError
+from dreamgym.core.errors import ConfigError, MissingExtra
+from dreamgym.training import scale
+from dreamgym.training.arms import check_algorithm
 from dreamgym.training.checkpoints import read_manifest
 from dreamgym.training.scale import make_accelerator
 from dreamgym.training.trainer import DreamGymTrainer
 
-ROOT = Path(__file__).resolve().parents[2]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 LAYERS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "SmallLayer"}
 SETTINGS = {  # six AdamW updates; one minibatch an epoch, since ranks compose smaller ones differently
@@ -51,7 +51,7 @@ def worker(folder):
     """One of two ranks: a whole run, then one that lost its last checkpoint and goes on."""
     torch.set_num_threads(1)
     accelerator = fit(folder / "whole").accelerator
-    assert accelerator.is_fsdp2 and accelerator.num_processes == 2
+    assert scale.state_is_spread(accelerator) and accelerator.num_processes == 2
     if accelerator.is_main_process:
         shutil.copytree(folder / "whole", folder / "resumed")
         forget_last(folder / "resumed")
@@ -68,22 +68,12 @@ def tensors(folder, iteration=3):
     return {f"{name}.{key}": value for name in names for key, value in load_file(place / f"{name}.safetensors").items()}
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=["FSDP2", "DeepSpeed"])
+def two_ranks(request, tmp_path_factory):
+    if request.param == "DeepSpeed":
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'dreamgym[deepspeed]'")
     folder = tmp_path_factory.mktemp("spread")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        __file__,
-        str(folder),
-    ]
-    environment = os.environ | FSDP | LAYERS | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two_ranks(__file__, folder, **(FSDP | LAYERS if request.param == "FSDP2" else ZERO))
     return folder
 
 
@@ -118,7 +108,6 @@ def test_a_spread_run_is_continued_by_one_rank(two_ranks, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP version 1"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
@@ -128,6 +117,35 @@ def test_other_engines_are_refused(engine, said, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{said}.*--fsdp_version 2"):
         make_accelerator(load_config(None, overrides="training.device=cpu").training)
+
+
+def test_deepspeed_is_missed_by_name(monkeypatch):
+    monkeypatch.setattr(scale, "find_spec", lambda name: None)
+    for name, value in {"WORLD_SIZE": "2", **ZERO}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MissingExtra, match=r"dreamgym\[deepspeed\]"):
+        make_accelerator(load_config(None, overrides="training.device=cpu").training)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "stage 0"),
+        ({"zero_optimization": {"stage": 3}}, "stage 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16"),
+    ],
+)
+def test_a_deepspeed_that_would_not_resume_exactly_is_refused(config, said):
+    with pytest.raises(ConfigError, match=f"{said}.*expected stage 1 or 2"):
+        scale.set_up_zero(config, "no")
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_expert_iteration_wants_whole_weights(engine, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match="rft.*torchrun"):
+        check_algorithm(load_config(None, overrides="rl.algorithm=rft"))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,22 @@ import numpy as np
 from .encoders import Encoder
 
 # %% auto #0
-__all__ = ['INDEXED', 'rank_keys', 'top_ids', 'ExactIndex', 'vector_norms', 'sort_rows', 'add_actions', 'candidate_spans',
-           'action_cosines', 'RetrievalQuery', 'Search', 'score_block', 'allowed_rows', 'ruled_out', 'find']
+__all__ = ['INDEXED', 'TILE', 'mixed', 'rank_keys', 'top_slots', 'ExactIndex', 'vector_norms', 'sort_rows', 'add_actions',
+           'candidate_spans', 'action_cosines', 'RetrievalQuery', 'Search', 'score_block', 'allowed_rows', 'ruled_out',
+           'tile_of', 'reaching', 'best_slots', 'find']
 
 # %% ../../nbs/models/19_retrieval.ipynb #f14e0b40
+def mixed(
+    cos_state: np.ndarray,  # (B, N) in [-1, 1]
+    cos_action: np.ndarray,  # (B, N)
+    action_weight: np.float32,  # w, 0 to 1
+) -> np.ndarray:  # (B, N) float32, in [-1, 1] but for rounding
+    """The score."""
+    score = action_weight * cos_action
+    score += (np.float32(1) - action_weight) * cos_state
+    return score
+
+
 def rank_keys(
     cos_state: np.ndarray,  # (B, N) in [-1, 1]
     cos_action: np.ndarray,  # (B, N)
@@ -26,9 +38,7 @@ def rank_keys(
     information: np.ndarray | int = 0,  # (N,) or (B, N), 0 to 255
 ) -> np.ndarray:  # (B, N) int64, larger is better, >= 0
     """Order of candidates as integers: score (18 bits), information (8 bits), sum of cosines (19 bits)."""
-    score = action_weight * cos_action
-    score += (np.float32(1) - action_weight) * cos_state
-    keys = _steps(score, 1)
+    keys = _steps(mixed(cos_state, cos_action, action_weight), 1)
     keys <<= 27
     keys |= np.asarray(information, np.int64) << 19
     keys |= _steps(cos_state + cos_action, 2)
@@ -41,20 +51,23 @@ def _steps(x: np.ndarray, bound: int) -> np.ndarray:
     return np.clip(np.rint(x, out=x), 0, bound * 2e5, out=x).astype(np.int64)
 
 # %% ../../nbs/models/19_retrieval.ipynb #b8593032
-def top_ids(
+def top_slots(
     keys: np.ndarray,  # (B, N) int64, -1: excluded
     slots: np.ndarray,  # (B, N) or (1, N) where each candidate lies in `ids`
     ids: np.ndarray,  # (M,) row ids
     k: int,  # >= 1
-) -> list[list[int]]:  # B lists of at most k ids, best first
-    """Row ids of the k largest keys of each query; equal keys by lowest id."""
+) -> tuple[np.ndarray, np.ndarray]:  # keys and slots (B, k), best first, -1 where there are fewer
+    """The k largest keys of each query and their slots; equal keys by lowest id."""
     b, n = keys.shape
     floor = np.partition(keys, n - k, axis=1)[:, n - k, None] if k < n else 0
     rows, columns = np.nonzero(keys >= np.maximum(floor, 0))
-    found = ids[np.broadcast_to(slots, keys.shape)[rows, columns]]
-    found = found[np.lexsort((found, -keys[rows, columns], rows))]
-    bounds = np.searchsorted(rows, np.arange(b + 1))
-    return [found[start : min(start + k, stop)].tolist() for start, stop in zip(bounds, bounds[1:])]
+    chosen, where = keys[rows, columns], np.broadcast_to(slots, keys.shape)[rows, columns]
+    order = np.lexsort((ids[where], -chosen, rows))
+    places = np.arange(len(rows)) - np.searchsorted(rows, np.arange(b))[rows]  # rows are in order already
+    best, at = np.full((2, b, k), -1)
+    kept = places < k
+    best[rows[kept], places[kept]], at[rows[kept], places[kept]] = chosen[order][kept], where[order][kept]
+    return best, at
 
 # %% ../../nbs/models/19_retrieval.ipynb #f8f2cdda
 INDEXED = ("world_id", "action", "episode_id", "env", "split", "source", "success")
@@ -198,17 +211,15 @@ def score_block(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # slots (B, N), -1 where padded, or (1, N); cos_state; cos_action
     """Cosines of queries to their candidates, padded to the longest list; shared candidates are listed once."""
     shape = len(spans), max(stop - start + len(tail) for start, stop, tail in spans)
-    slots = np.full((1 if spans[0] == spans[-1] else shape[0], shape[1]), -1)
+    slots = np.full((1 if len(set(spans)) == 1 else shape[0], shape[1]), -1)
     cos_state, cos_action = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     first = 0
     for (start, stop, tail), group in groupby(spans):
         end, size = first + len(list(group)), stop - start + len(tail)
         rows = np.r_[start:stop, tail] if tail else slice(start, stop)
         slots[first:end, :size] = rows if tail else np.arange(start, stop)
-        cos_state[first:end, :size] = vectors[first:end] @ index.states[rows].T
-        actions = index.columns["action"][rows]
-        for i in range(first, end):
-            cos_action[i, :size] = cosines[i][actions]
+        cos_state[first:end, :size] = (index.states[rows] @ vectors[first:end].T).T
+        cos_action[first:end, :size] = np.stack(cosines[first:end])[:, index.columns["action"][rows].astype(np.intp)]
         first = end
     cos_state /= index.norms[slots]
     cos_state /= vector_norms(vectors)[:, None]
@@ -246,6 +257,58 @@ def ruled_out(
     return out
 
 # %% ../../nbs/models/19_retrieval.ipynb #2661ae0d
+TILE = 2**17  # scores at a time
+
+
+def tile_of(
+    span: tuple[int, int, tuple[int, ...]],  # first slot, end slot, slots in the tail
+    first: int,  # candidate that the tile begins with
+    width: int,  # candidates
+) -> tuple[int, int, tuple[int, ...]]:
+    """A part of a query's candidates."""
+    start, stop, tail = span
+    before = stop - start - first  # candidates of the tile and after it that are not in the tail
+    part = tail[max(0, -before) : max(0, width - before)]
+    return min(start + first, stop), min(start + first + width, stop), part
+
+
+def reaching(
+    cos_state: np.ndarray,  # (B, N)
+    cos_action: np.ndarray,  # (B, N)
+    action_weight: np.float32,
+    lowest: np.ndarray,  # (B,) smallest of the best keys so far, -1 where they are not k yet
+) -> np.ndarray:  # columns
+    """Columns in which some query may find one of its best."""
+    bounds = ((lowest >> 27) - 1) / 1e5 - 1
+    return np.flatnonzero((mixed(cos_state, cos_action, action_weight) >= bounds.astype(np.float32)[:, None]).any(0))
+
+# %% ../../nbs/models/19_retrieval.ipynb #9fff6ae0
+def best_slots(
+    index: ExactIndex,
+    queries: Sequence[Any],  # B
+    vectors: np.ndarray,  # (B, dim) encoded states of the queries
+    spans: Sequence[tuple[int, int, tuple[int, ...]]],  # B, not empty, equal ones adjacent
+    allowed: np.ndarray,  # bool over slots
+    search: Search,
+) -> np.ndarray:  # (B, k) slots, best first, -1 where there are fewer
+    """Scores all candidates, tile by tile."""
+    weight, k, b = np.float32(search.action_weight), search.k, len(queries)
+    width, longest = TILE // b + 1, max(stop - start + len(tail) for start, stop, tail in spans)
+    cosines = action_cosines(index, [q.action for q in queries])
+    for first in range(0, longest, width):
+        tile = score_block(index, vectors, cosines, [tile_of(span, first, width) for span in spans])
+        if first:
+            columns = reaching(*tile[1:], weight, best[:, -1])
+            tile = (tile[0][:, columns], tile[1][:, columns], tile[2][:, columns])
+        slots, *cosine = tile
+        keys = rank_keys(*cosine, weight, index.columns["information"][slots] if search.informative else 0)
+        keys[~allowed[slots] | ruled_out(index, slots, queries, search.same_action)] = -1
+        if first:
+            keys, slots = np.hstack([best, keys]), np.hstack([at, np.broadcast_to(slots, (b, slots.shape[1]))])
+        best, at = top_slots(keys, slots, index.ids, k)
+    return at
+
+# %% ../../nbs/models/19_retrieval.ipynb #773f34b1
 def find(
     index: ExactIndex,
     queries: Sequence[Any],
@@ -254,18 +317,10 @@ def find(
     """Exact retrieval: the same rows as scoring every candidate one by one."""
     found: list[list[int]] = [[] for _ in queries]
     spans = candidate_spans(index, queries, search.same_world, search.same_action)
-    sizes = [stop - start + len(tail) for start, stop, tail in spans]
-    pending = sorted((i for i, size in enumerate(sizes) if size), key=spans.__getitem__)
-    vectors = index.encoder.encode([q.state for q in queries])
-    cosines = action_cosines(index, [q.action for q in queries])
-    allowed, step = allowed_rows(index, search), max(1, 2**22 // max(sizes, default=1)) if pending else 1
-    for part in (pending[start : start + step] for start in range(0, len(pending), step)):
-        asked = [queries[i] for i in part]
-        block = score_block(index, vectors[part], [cosines[i] for i in part], [spans[i] for i in part])
-        slots, cos_state, cos_action = block
-        information = index.columns["information"][slots] if search.informative else 0
-        keys = rank_keys(cos_state, cos_action, np.float32(search.action_weight), information)
-        keys[~allowed[slots] | ruled_out(index, slots, asked, search.same_action)] = -1
-        for i, ids in zip(part, top_ids(keys, slots, index.ids, search.k)):
-            found[i] = ids
+    pending = sorted((i for i, (start, stop, tail) in enumerate(spans) if stop > start or tail), key=spans.__getitem__)
+    vectors, allowed = index.encoder.encode([q.state for q in queries]), allowed_rows(index, search)
+    for part in (pending[first : first + 256] for first in range(0, len(pending), 256)):
+        asked, where = [queries[i] for i in part], [spans[i] for i in part]
+        for i, slots in zip(part, best_slots(index, asked, vectors[part], where, allowed, search)):
+            found[i] = index.ids[slots[slots >= 0]].tolist()
     return found

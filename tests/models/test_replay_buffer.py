@@ -16,6 +16,7 @@ import pytest
 from dreamgym.core.config import BufferConfig
 from dreamgym.core.data_structures import Experience, to_row
 from dreamgym.core.errors import ConfigError, DataError
+from dreamgym.models import retrieval
 from dreamgym.models.encoders import HashingEncoder
 from dreamgym.models.replay_buffer import (
     EVICTION,
@@ -105,6 +106,23 @@ def test_batches_order_and_index_age_do_not_matter(tmp_path):
         assert together == [buffer.retrieve([q], same_world=same_world)[0] for q in queries]
         assert together == buffer.retrieve(queries[::-1], same_world=same_world)[::-1]
         assert together == make(2000, path).retrieve(queries, same_world=same_world)  # built anew
+
+
+@pytest.mark.parametrize("tile", [40, 300])
+def test_tiles_change_nothing(tile, monkeypatch):
+    """Candidates in parts of a few rows each, tails, masks and ties included: the same rows as all at once."""
+    rng, buffer = random.Random(4), make(3000)
+    buffer.add_many(random_row(rng, world_id=f"w{rng.randrange(3)}") for _ in range(1500))
+    rows = [random_row(rng, world_id=f"w{rng.randrange(3)}") for _ in range(30)]
+    queries = [RetrievalQuery(e.state, e.action, e.world_id, exclude_episode=e.episode_id) for e in rows]
+    buffer.retrieve(queries[:1])
+    buffer.add_many(rows)  # the tail of the index
+    ways = [{"action_weight": w, "same_world": same} for w in (0.0, 0.5, 1.0) for same in (True, False)]
+    ways += [{"same_world": False, "success": True}, {"same_world": False, "same_action": True, "informative": True}]
+    whole = [buffer.retrieve(queries, 5, **how) for how in ways]
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    assert [buffer.retrieve(queries, 5, **how) for how in ways] == whole
+    assert whole[2][:4] == [brute_force(buffer, query, 5) for query in queries[:4]]
 
 
 def test_own_episode_never_comes_back():

@@ -295,6 +295,7 @@ def best_slots(
     weight, k, b = np.float32(search.action_weight), search.k, len(queries)
     width, longest = TILE // b + 1, max(stop - start + len(tail) for start, stop, tail in spans)
     cosines = action_cosines(index, [q.action for q in queries])
+    best = at = np.full((b, 0), -1)
     for first in range(0, longest, width):
         tile = score_block(index, vectors, cosines, [tile_of(span, first, width) for span in spans])
         if first:

@@ -304,7 +304,9 @@ class ExperienceVotes(ExperiencePrompts):
             system, schema = instructions(config.reasoning), step_schema(config.reasoning)
         form = (system, config.max_new_tokens, config.temperature)
         asked = list(zip(queries, self.prompts(queries), strict=True))
-        requests = [Request(prompt, *form, query.sample + i, schema) for query, prompt in asked for i in samples]
+        requests = [
+            Request(prompt, *form, (query.sample << 16) + i, schema) for query, prompt in asked for i in samples
+        ]
         replies = iter(self.client.complete(requests) if requests else [])
         return [[self.checked(query, next(replies)) for _ in samples] for query in queries]
 
@@ -345,8 +347,8 @@ class ReasoningExperienceModel(ExperienceVotes):
         return found
 
     def generate_experience(
-        self, state: str, action: str, task: Task | str, history: Sequence[tuple[str, str]] = ()
+        self, state: str, action: str, task: Task | str, history: Sequence[tuple[str, str]] = (), sample: int = 0
     ) -> Experience:
-        """A single prediction; many at once are far cheaper with `predict`."""
+        """A single prediction; many at once are far cheaper with `predict`. Samples differ, from a cache too."""
         task = Task("adhoc", task) if isinstance(task, str) else task
-        return self.predict([Query(state, action, task, tuple(history))])[0]
+        return self.predict([Query(state, action, task, tuple(history), sample=sample)])[0]

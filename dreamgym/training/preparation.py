@@ -18,16 +18,16 @@ import torch
 from ..core import language_model as lm
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, project_path
 from ..core.data_structures import Experience, Task
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, PredictionError
 from ..core.generators import TransformersGenerator
 from ..core.llm import GeneratorClient, LLMClient
 from ..core.served import ServedClient, served_client
-from ..environments.base_env import Environment
+from ..environments.base_env import Environment, StateMapper
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
 from ..environments.offline_readers import read_trajectories
 from ..models.annotation import AnnotationReport, annotate
 from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
-from ..models.reasoning_model import ReasoningExperienceModel, reward_line
+from ..models.reasoning_model import ReasoningExperienceModel, parse_target, render_target, reward_line
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import write_json
 from .baselines import CloningReport, clone, demonstrations
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'training_tasks', 'record_offline', 'offline_data', 'with_states',
            'with_initial_states', 'environment_texts', 'make_language_model', 'agent_texts', 'make_policy',
-           'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts', 'experience_model',
-           'train_experience_model', 'check_served', 'check_refresh', 'check_curriculum', 'open_client', 'keep_ledger',
-           'explained', 'first_texts']
+           'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts', 'lost_targets', 'check_tokens',
+           'experience_model', 'train_experience_model', 'check_served', 'check_refresh', 'check_curriculum',
+           'open_client', 'keep_ledger', 'explained', 'first_texts']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -213,6 +213,49 @@ def cloned_rollouts(
     batch.close()
     return [row for t in played if t.aborted is None for row in experiences_of(t, env)]
 
+# %% ../../nbs/training/35a_preparation.ipynb #e87e1b65
+def lost_targets(
+    experiences: Sequence[Experience],
+    mapper: StateMapper,
+    tokenizer: Any,
+    reasoning: bool = True,
+) -> list[tuple[str, str]]:  # target, and what its tokens say
+    """Targets that tokens cannot express: read back, they mean something else, or nothing."""
+    targets = [render_target(e, mapper, reasoning) for e in experiences]
+    ids = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
+    read = tokenizer.batch_decode(ids)
+
+    def meaning(text: str, e: Experience) -> Any:
+        try:
+            return parse_target(text, e.state, e.action, mapper, reasoning)[1:]
+        except PredictionError:
+            return None
+
+    rows = zip(targets, read, experiences, strict=True)
+    return [(a, b) for a, b, e in rows if a != b and (meaning(b, e) is None or meaning(a, e) != meaning(b, e))]
+
+# %% ../../nbs/training/35a_preparation.ipynb #853248e7
+def check_tokens(
+    experiences: Sequence[Experience],  # about 2,000 of them are tried
+    mapper: StateMapper,
+    tokenizer: Any,
+    reasoning: bool = True,
+) -> None:
+    """Warns of targets that tokens cannot express. Raises ConfigError where they are more than half of all."""
+    tried = experiences[:: max(1, len(experiences) // 2000)]
+    lost = lost_targets(tried, mapper, tokenizer, reasoning)
+    if not lost:
+        return
+    said = (
+        f"{len(lost)} of {len(tried)} targets of the experience model cannot be written with a tokenizer from scratch, "
+        f"which drops colons and commas, such as {lost[0][0]!r}: its tokens say {lost[0][1]!r}, and that is read as "
+        "something else; let the environment's mapper read changes without them, or set reasoning_model.name to a "
+        "language model"
+    )
+    if len(lost) > len(tried) / 2:
+        raise ConfigError(said)
+    log.warning("%s", said)
+
 # %% ../../nbs/training/35a_preparation.ipynb #2cb9dd66
 def experience_model(
     language_model: lm.LanguageModel | LLMClient,  # of this process, or a client of a served one
@@ -232,8 +275,9 @@ def train_experience_model(
     config: Config,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:  # loss of each step, nats per target token
-    """Fine-tunes on annotated real transitions."""
+    """Fine-tunes on annotated real transitions. Raises ConfigError if the tokenizer loses most of what they say."""
     section = config.reasoning_model
+    check_tokens(experiences, model.mapper, language_model.tokenizer, section.reasoning)
     random = torch.Generator().manual_seed(config.training.seed)
     bare = (torch.rand(len(experiences), generator=random) < section.demo_dropout).tolist()
     examples = encode_examples(experiences, model, language_model.tokenizer, bare)

@@ -24,6 +24,7 @@ from dreamgym.core.errors import ConfigError, DataError, PredictionError
 from dreamgym.core.ledger import CostLimit, Ledger, ReplyCache, request_key, reserve, settle, summary
 from dreamgym.core.llm import GeneratorClient, LLMError, Reply, Request, object_schema, read_json, read_structured
 from dreamgym.core.served import ServedClient, Server, find_key, request_body, served_client
+from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.household_state import HouseholdMapper
 from dreamgym.models.reasoning_model import Query, ReasoningExperienceModel
 
@@ -377,6 +378,28 @@ def test_a_rerun_asks_for_nothing(clients, tmp_path):
         changes = [dict(system="s"), dict(temperature=0.5), dict(max_new_tokens=9), dict(sample=2), dict(schema={})]
         again.complete([replace(requests[0], **change) for change in changes])
         assert len(server.bodies) == 21 + 2 + 5
+
+
+def test_equal_dreams_have_futures_of_their_own_that_are_replayed(clients, tmp_path):
+    """A server that never says the same twice: equal dreams, votes and steps are independent, from a cache too."""
+    numbers, path, state = iter(range(99)), tmp_path / "replies.sqlite", "task\na room"
+
+    def answer(body):
+        step = {"reasoning": "", "works": True, "next_state": f"{state}\nlook = {next(numbers)}", "reward": 0}
+        return json.dumps(step | {"terminated": False})
+
+    def futures(server):
+        settings = ReasoningModelConfig(provider="openai", name="m", votes=2)
+        model = ReasoningExperienceModel(settings, clients(server, cache=ReplyCache(path)))
+        dream = DreamEnv(model, 2, max_turns=3)
+        dream.reset([0, 1], [Task("t", "task", initial_state=state)] * 2)
+        found = [result.state for result in dream.step([0, 1], ["look", "look"])]
+        return found + [model.generate_experience(state, "look", "task", sample=i).next_state for i in (0, 1, 0)]
+
+    with running(LLMServer(answer)) as server:
+        first = futures(server)
+        assert len(set(first)) == 4 and first[4] == first[2] and len(server.bodies) == 8, "two votes for each of four"
+        assert futures(server) == first and len(server.bodies) == 8
 
 
 def test_failures_are_asked_again(clients):

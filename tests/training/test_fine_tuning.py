@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig
-from dreamgym.core.errors import DataError
+from dreamgym.core.data_structures import Experience
+from dreamgym.core.errors import ConfigError, DataError
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
-from dreamgym.environments.base_env import make_environment
+from dreamgym.environments.base_env import TranscriptMapper, make_environment
 from dreamgym.environments.offline import EXPERT, record
 from dreamgym.models.experience_sft import encode_examples, example_loss, split_experiences
 from dreamgym.models.reasoning_model import ExperiencePrompts
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
 from dreamgym.training.fine_tuning import conversation_rows, fine_tune, old_episodes, refresh
-from dreamgym.training.preparation import environment_texts
+from dreamgym.training.preparation import check_tokens, environment_texts, lost_targets
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,23 @@ def test_splits_never_share_a_task_or_a_world(rows, by):
     assert split_experiences(rows, 0.0, by)[1] == [] and split_experiences(rows, 1.0, by)[0] == []
     with pytest.raises(DataError, match=f"split by {by}"):
         split_experiences([replace(rows[0], **{by: ""})], by=by)
+
+
+def test_what_tokens_cannot_say_is_told_before_training(env, rows, small, caplog):
+    assert lost_targets(rows, env.mapper, small.tokenizer) == [], "the household reads its changes without punctuation"
+    mapper, states = TranscriptMapper(), [
+        "find it\n0",
+        "find it\n0\nlook = a note: five, six",
+        "find it\n0\nlook = a mug",
+    ]
+    good, bad = (Experience(states[0], "look", 0.0, after, False, reasoning="why") for after in states[:0:-1])
+    tokenizer = train_tokenizer([*states, "why reward 0 look"])
+    assert [kept for kept, _ in lost_targets([good, bad], mapper, tokenizer)] == [
+        "why\nlook = a note: five, six\nreward 0"
+    ]
+    check_tokens([good], mapper, tokenizer)
+    assert not caplog.records
+    check_tokens([good, good, bad], mapper, tokenizer)
+    assert "1 of 3 targets" in caplog.text and "a note: five, six" in caplog.text
+    with pytest.raises(ConfigError, match="2 of 3 targets .*drops colons and commas"):
+        check_tokens([good, bad, bad], mapper, tokenizer)

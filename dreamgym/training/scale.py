@@ -142,14 +142,15 @@ def check_zero(
     config: Mapping[str, Any],  # DeepSpeed's, as accelerate read it
 ) -> None:
     """Raises ConfigError for a DeepSpeed that this trainer cannot drive."""
-    zero, none = config["zero_optimization"], (None, {}, "none")
-    moved = [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device") not in none]
+    zero = config["zero_optimization"]
+    stage, moves = zero.get("stage", 0), ("offload_optimizer", "offload_param")
+    moved = [name for name in moves if (zero.get(name) or {}).get("device") not in (None, "none")]
     half = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
-    found = f"stage {zero['stage']}"
-    if zero["stage"] in (1, 2) and not moved and not half:
+    if stage in (1, 2) and not moved and not half:
         return
+    found = ", ".join([f"stage {stage}", *moved, *half])
     raise ConfigError(
-        f"DeepSpeed is configured for {', '.join([found, *moved, *half])}; expected stage 1 or 2 without offloading and with "
+        f"DeepSpeed is configured for {found}; expected stage 1 or 2 without offloading and with "
         "float32 weights (training.mixed_precision says what is multiplied in); for spread weights use FSDP2"
     )
 

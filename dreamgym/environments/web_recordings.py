@@ -64,9 +64,8 @@ def record_web(
         report[name] = counts | {"won": sum(bool(rows[-1].success) for rows in episodes)}
         report[name]["seconds"] = round(time.monotonic() - start)
         log.info("%s: %s", name, report[name])
-    (folder / "recording.json").write_text(
-        json.dumps({"environment": env.name, **(env.info or {}), **report}, indent=1) + "\n"
-    )
+        told = {"environment": env.name, **(env.info or {}), **report}
+        (folder / "recording.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return report
 
 # %% ../../nbs/environments/16b_web_recordings.ipynb #9d99d772

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,12 +45,12 @@ from .rollout import rollout, rollout_metrics
 from .scale import autocast, from_main, gather_weights, is_main, lora_layers, share_of, trainable
 
 # %% auto #0
-__all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'group_size', 'within_budget', 'affordable', 'finished',
-           'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm', 'make_optimizer', 'start_arm_loop',
-           'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration', 'play_iteration',
-           'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo',
-           'learn_in_groups', 'over_ranks', 'validate', 'measure_dream', 'write_iteration', 'log_row', 'save_arm',
-           'save_stopped', 'best_policy']
+__all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
+           'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm',
+           'make_optimizer', 'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream',
+           'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts',
+           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream',
+           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 log = logging.getLogger(__name__)
@@ -113,16 +112,6 @@ class ArmLoop:
         return self.twin or bare(self.policy)
 
     @property
-    def evolves(self) -> bool:
-        """Whether the experience model is trained again in between."""
-        return self.arm == "dream" and self.config.reasoning_model.refresh_every > 0
-
-    @property
-    def memory(self) -> ExperienceReplayBuffer:
-        """Experiences that dreams are made of."""
-        return self.model.buffer if self.model else self.ready.buffer
-
-    @property
     def checkpoints(self) -> Path:
         """Folder of the arm's checkpoints."""
         return self.run.path / "checkpoints"
@@ -133,6 +122,16 @@ class ArmLoop:
         return "real" if self.arm == "real" or self.iteration >= self.config.training.num_iterations else "dream"
 
 # %% ../../nbs/training/36a_arms.ipynb #dc8f8127
+def evolves(loop: ArmLoop) -> bool:
+    """Whether the experience model is trained again in between."""
+    return loop.arm == "dream" and loop.config.reasoning_model.refresh_every > 0
+
+
+def memory(loop: ArmLoop) -> ExperienceReplayBuffer:
+    """Experiences that dreams are made of."""
+    return loop.model.buffer if loop.model else loop.ready.buffer
+
+
 def group_size(loop: ArmLoop) -> int:
     """Episodes of one task in an iteration."""
     return loop.config.rl.group_size if loop.config.rl.algorithm in GROUPED else 1
@@ -239,7 +238,7 @@ def dreamer(
     facts: dict[str, Any],  # its content; empty: there is none
 ) -> ReasoningExperienceModel | None:
     """Who dreams: what all arms share, or where it is refreshed a copy of the arm's own, as the checkpoint knew it."""
-    if not loop.evolves or loop.ready.model is None:
+    if not evolves(loop) or loop.ready.model is None:
         return loop.ready.model
     weights = manifest.parent / facts["folder"] / DREAMER if facts else None
     return own_copy(loop.ready.model, loop.run.path / "experience.db", facts.get("iteration", 0), weights, loop.device)
@@ -274,10 +273,10 @@ def cut_back(
     """Forgets what files hold of later iterations. Raises CheckpointError if the buffer has lost rows."""
     if not is_main(loop.accelerator):
         return
-    rows = len(loop.memory)
+    rows = len(memory(loop))
     if rows < facts.get("buffer_rows", 0):
         raise CheckpointError(
-            f"the buffer holds {rows} experiences, the checkpoint knew {facts['buffer_rows']}; restore {loop.memory.path}"
+            f"the buffer holds {rows} experiences, the checkpoint knew {facts['buffer_rows']}; restore {memory(loop).path}"
         )
     loop.run.truncate(facts["offset"])
     truncate_file(loop.run.path / "episodes.jsonl", facts["episodes_offset"])
@@ -406,9 +405,10 @@ def refresh_dreamer(
     """The current policy's real games train the arm's experience model."""
     section, tasks = loop.config.reasoning_model, loop.ready.tasks
     games = min(len(tasks), within_budget(loop, section.refresh_episodes))
-    if not loop.evolves or loop.where == "real" or loop.iteration % section.refresh_every or games < 1:
+    if not evolves(loop) or loop.where == "real" or loop.iteration % section.refresh_every or games < 1:
         return {}
-    played = collect(loop, "real", random.Random(seed).sample(tasks, games))
+    chosen = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(seed))[:games].tolist()
+    played = collect(loop, "real", [tasks[i] for i in chosen])
     return refresh_by(loop.model, played, loop.ready.env, section, loop.iteration, seed)
 
 # %% ../../nbs/training/36a_arms.ipynb #355e58b5
@@ -570,9 +570,9 @@ def save_arm(
     run, training, section = loop.run, loop.config.training, loop.config.policy_model
     facts: dict[str, Any] = {"offset": run.offset(), "episodes_offset": (run.path / "episodes.jsonl").stat().st_size}
     facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm}
-    facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(loop.memory)}
+    facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(memory(loop))}
     facts["limits"] = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
-    kept = {"curriculum.json": loop.known} | ({DREAMER: loop.model.client.language_model} if loop.evolves else {})
+    kept = {"curriculum.json": loop.known} | ({DREAMER: loop.model.client.language_model} if evolves(loop) else {})
     save_checkpoint(loop.checkpoints, loop.iteration, loop.player, state, facts, kept)
     checkpoints.prune_checkpoints(loop.checkpoints, training.keep_last, loop.best["iteration"], training.keep_every)
 

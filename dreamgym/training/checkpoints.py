@@ -124,7 +124,7 @@ def save_checkpoint(
     write_json(manifest, stamp | facts)
     return manifest
 
-
+# %% ../../nbs/training/35b_checkpoints.ipynb #6fcd79b7
 def codec_facts(
     codec: TurnCodec,
 ) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Refreshed:
     replayed: int  # old rows that were mixed in
     loss: float | None  # mean of the last tenth of the steps (TRL: of all), nats per target token; None without steps
 
-
+# %% ../../nbs/training/35f_fine_tuning.ipynb #2d010d65
 def refresh(
     model: ExperiencePrompts,  # with a buffer
     language_model: LanguageModel,  # trained in place
@@ -156,7 +156,7 @@ def refresh(
         loss = train_again(model, language_model, [*old, *fresh], calm, seed)
     return Refreshed(len(fresh), admitted, len(old), loss)
 
-
+# %% ../../nbs/training/35f_fine_tuning.ipynb #422bc7ac
 def train_again(
     model: ExperiencePrompts,
     language_model: LanguageModel,  # trained in place

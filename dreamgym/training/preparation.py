@@ -325,8 +325,9 @@ def check_refresh(
     asked = f"reasoning_model.refresh_every {section.refresh_every}"
     if section.instructed or section.provider != "local":
         raise ConfigError(
-            f"{asked}: expected an experience model that is trained in this process, got provider={section.provider!r}, "
-            f"prompted={section.prompted}; set refresh_every to 0, or provider to 'local' and prompted to false"
+            f"{asked}: expected an experience model that is trained in this process, got provider="
+            f"{section.provider!r}, prompted={section.prompted}; set refresh_every to 0, or provider to 'local' and "
+            "prompted to false"
         )
     if config.training.mode == "real" or not config.buffer.synthetic_ratio:
         raise ConfigError(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..core.data_structures import Experience
@@ -107,25 +108,22 @@ def _judge_change(state: DeskState, call: ToolCall, name: str, view: OrderView) 
 def check_order(
     state: DeskState,
     name: str,  # of an order that was shown
-    request: Request | None,  # what the ticket wants of it
+    wanted: Mapping[str, Request],  # by item
 ) -> tuple[bool | None, list[str]]:  # right, wrong or None: hidden facts decide; with the facts
     """Whether one order was handled as the policy says."""
     view = state.orders[name]
-    if request is None:
-        return not view.outcome, [_line(state, name), "unasked", "wrong" if view.outcome else "right"]
+    facts = [f"{view.item} {'is' if view.item == item else 'not'} {item}" for item in wanted] + [_line(state, name)]
+    if (request := wanted.get(view.item)) is None:
+        return not view.outcome, [*facts, "unasked", "wrong" if view.outcome else "right"]
     kind = request.item.split(" ")[1]
-    facts, colours = [_line(state, name), _wish(request)], state.stock.get(kind)
+    colours = state.stock.get(kind)
     swap = request.wish == "exchange" and view.status == "delivered" and not view.final
-    facts += [_stock(state, kind)] if swap else []
+    facts += [f"{request.wish} {request.item} {request.detail}".strip(), *([_stock(state, kind)] if swap else [])]
     if swap and colours is None and view.outcome == "refunded":
         return None, [*facts, "maybe"]
     should = right_outcome(request, view.status, view.final, colours or (request.detail,))
     right = view.outcome == should
     return right, [*facts, f"should {should}", "right" if right else "wrong"]
-
-
-def _wish(request: Request) -> str:
-    return f"{request.wish} {request.item} {request.detail}".strip()
 
 # %% ../../nbs/environments/14c_desk_rules.ipynb #06fa38dd
 def check_goal(
@@ -133,16 +131,15 @@ def check_goal(
 ) -> tuple[bool | None, list[str]]:  # None: hidden facts decide
     """Whether the ticket is solved, and why."""
     wanted = {request.item: request for request in read_ticket(state.task)[1]}
-    shown, facts = {view.item: name for name, view in state.orders.items()}, list[str]()
-    answers: list[bool | None] = []
-    for name, view in state.orders.items():
-        right, why = check_order(state, name, wanted.get(view.item))
+    found = sum(view.item in wanted for view in state.orders.values())
+    answers, facts = list[bool | None](), list[str]()
+    for name in state.orders:
+        right, why = check_order(state, name, wanted)
         answers.append(right)
         facts += why
-    answers.append(set(wanted) <= set(shown))
-    facts += [f"{item} {shown.get(item, 'nowhere')}" for item in wanted]
+    answers.append(found == len(wanted))
     solved = False if False in answers else None if None in answers else True
-    return solved, [*facts, "maybe" if solved is None else "done" if solved else "not yet"]
+    return solved, [*facts, f"{found} of {len(wanted)}", "maybe" if solved is None else "done" if solved else "not yet"]
 
 # %% ../../nbs/environments/14c_desk_rules.ipynb #fc7cba16
 def desk_trace(

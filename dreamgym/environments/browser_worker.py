@@ -24,9 +24,9 @@ from .sites import SiteServer
 from .web_state import Element, browser_call, read_page
 
 # %% auto #0
-__all__ = ['LONGEST', 'SharedBrowser', 'QuietChat', 'open_browser', 'read_elsewhere', 'last_answer', 'site_task_class',
-           'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'may_open_tab', 'act', 'WorkerEpisodes',
-           'read_requests', 'serve']
+__all__ = ['LONGEST', 'SharedBrowser', 'QuietChat', 'goal_only', 'open_browser', 'read_elsewhere', 'last_answer',
+           'site_task_class', 'register_site_tasks', 'print_page', 'make_env', 'fast_settings', 'may_open_tab', 'act',
+           'WorkerEpisodes', 'read_requests', 'serve']
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #483b0cc2
 class SharedBrowser:
@@ -63,6 +63,15 @@ class QuietChat:
         """Nothing to close."""
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #ea96fe1f
+def goal_only(
+    env: Any,  # BrowserGym's
+) -> dict[str, Any]:
+    """All that the worker takes of BrowserGym's observation, which fails where a tab has no title yet."""
+    from browsergym.core.env import _try_to_extract_legacy_goal
+
+    return {"goal": _try_to_extract_legacy_goal(env.goal_object)}
+
+# %% ../../nbs/environments/15c_browser_worker.ipynb #d1ea6643
 def open_browser(
     chromium: str,  # path of the program
 ) -> SharedBrowser:
@@ -79,7 +88,7 @@ def open_browser(
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run for root
     browser = SharedBrowser(playwright, playwright.chromium.launch(executable_path=chromium, args=flags))
     browsergym.core._set_global_playwright(browser)
-    env.Chat = QuietChat
+    env.Chat, env.BrowserEnv._get_obs = QuietChat, goal_only
     return browser
 
 # %% ../../nbs/environments/15c_browser_worker.ipynb #d92fbd0d

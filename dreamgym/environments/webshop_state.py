@@ -109,8 +109,8 @@ def turn_to(
 
 
 def _read_found(text: str) -> dict[str, str]:
-    """The products of a results line, each once: a model that lists one again adds nothing. Raises ValueError without a price."""
-    found = {}
+    """The products of a results line; a repeated one adds nothing. Raises ValueError for one without a price."""
+    found: dict[str, str] = {}
     for part in text.split("; ") if text != "nothing" else ():
         asin, _, line = part.partition(" ")
         if " > " not in line:

@@ -301,8 +301,8 @@ def best_slots(
         if first:
             columns = reaching(*tile[1:], weight, best[:, -1])
             tile = (tile[0][:, columns], tile[1][:, columns], tile[2][:, columns])
-        slots, *cosine = tile
-        keys = rank_keys(*cosine, weight, index.columns["information"][slots] if search.informative else 0)
+        slots, states, actions = tile
+        keys = rank_keys(states, actions, weight, index.columns["information"][slots] if search.informative else 0)
         keys[~allowed[slots] | ruled_out(index, slots, queries, search.same_action)] = -1
         if first:
             keys, slots = np.hstack([best, keys]), np.hstack([at, np.broadcast_to(slots, (b, slots.shape[1]))])

@@ -243,7 +243,7 @@ def dreamer(
     weights = manifest.parent / facts["folder"] / DREAMER if facts else None
     return own_copy(loop.ready.model, loop.run.path / "experience.db", facts.get("iteration", 0), weights, loop.device)
 
-
+# %% ../../nbs/training/36a_arms.ipynb #878e8a8f
 def wrap(
     loop: ArmLoop,  # changed in place
 ) -> None:
@@ -276,7 +276,7 @@ def cut_back(
     rows = len(memory(loop))
     if rows < facts.get("buffer_rows", 0):
         raise CheckpointError(
-            f"the buffer holds {rows} experiences, the checkpoint knew {facts['buffer_rows']}; restore {memory(loop).path}"
+            f"the buffer holds {rows} rows, the checkpoint knew {facts['buffer_rows']}; restore {memory(loop).path}"
         )
     loop.run.truncate(facts["offset"])
     truncate_file(loop.run.path / "episodes.jsonl", facts["episodes_offset"])

@@ -126,7 +126,7 @@ def asked_for(
 
 
 def check_engine() -> None:
-    """Raises ConfigError for an engine that this trainer cannot drive, MissingExtra for DeepSpeed where it is absent."""
+    """Raises ConfigError for an engine that this trainer cannot drive, MissingExtra where DeepSpeed is absent."""
     wanted = {"Megatron-LM": asked_for("MEGATRON_LM")}
     wanted["FSDP version 1"] = asked_for("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"
     for name in (name for name, here in wanted.items() if here):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'NO_ANSWER', 'REFUSED', 'Query', 'reward_line', 'render_target', 'split_target', 'parse_target', 'render_demo',
            'render_prompt', 'asks_memory', 'write_prompt', 'ExperiencePrompts', 'parse_reply', 'unusable', 'origin',
-           'failure_kind', 'read_prediction', 'check_votes', 'ExperienceVotes', 'ReasoningExperienceModel']
+           'failure_kind', 'read_prediction', 'check_votes', 'sample_requests', 'ExperienceVotes',
+           'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
 @dataclass(frozen=True, slots=True)
@@ -275,6 +276,23 @@ def check_votes(config: ReasoningModelConfig) -> None:
         )
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #41276791
+def sample_requests(
+    queries: Sequence[Query],
+    prompts: Sequence[str],  # of the same
+    config: ReasoningModelConfig,
+    samples: Iterable[int],  # their indices, the same for each query
+) -> list[Request]:  # query after query
+    """What is asked for several predictions of each step."""
+    system, schema = "", None
+    if config.instructed:
+        system, schema = instructions(config.reasoning), step_schema(config.reasoning)
+    form = (system, config.max_new_tokens, config.temperature)
+    asked = [
+        (prompt, (query.sample << 16) + i) for query, prompt in zip(queries, prompts, strict=True) for i in samples
+    ]
+    return [Request(prompt, *form, sample, schema) for prompt, sample in asked]
+
+# %% ../../nbs/models/21_reasoning_model.ipynb #b864441c
 class ExperienceVotes(ExperiencePrompts):
     """Asks a client for any number of predictions of each step."""
 
@@ -299,14 +317,8 @@ class ExperienceVotes(ExperiencePrompts):
         first: int = 0,  # index of the first sample
     ) -> list[list[Experience]]:
         """Several predictions of each step, in one batched call."""
-        config, samples, system, schema = self.config, range(first, first + count), "", None
-        if config.instructed:
-            system, schema = instructions(config.reasoning), step_schema(config.reasoning)
-        form = (system, config.max_new_tokens, config.temperature)
-        asked = list(zip(queries, self.prompts(queries), strict=True))
-        requests = [
-            Request(prompt, *form, (query.sample << 16) + i, schema) for query, prompt in asked for i in samples
-        ]
+        samples = range(first, first + count)
+        requests = sample_requests(queries, self.prompts(queries), self.config, samples)
         replies = iter(self.client.complete(requests) if requests else [])
         return [[self.checked(query, next(replies)) for _ in samples] for query in queries]
 

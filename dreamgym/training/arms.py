@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..core.config import Config
 from ..core.data_structures import Task, Trajectory, episode_row
@@ -287,7 +286,7 @@ def load_arm(
     manifest: Path,
     facts: dict[str, Any],  # the manifest's content
     optimizer: bool = True,  # optimiser and critic too
-) -> dict[str, Tensor]:  # state of the optimiser, which is restored after wrapping
+) -> dict[str, torch.Tensor]:  # state of the optimiser, which is restored after wrapping
     """Weights, random generators, curriculum and counters of a checkpoint."""
     saved, folder = load_policy(manifest, loop.device), manifest.parent / facts["folder"]
     if lora_layers(loop.policy):
@@ -307,7 +306,7 @@ def load_arm(
 
 def continue_dream(
     loop: ArmLoop,  # changed in place
-) -> dict[str, Tensor]:  # state of the optimiser
+) -> dict[str, torch.Tensor]:  # state of the optimiser
     """Puts an s2r arm where the dream arm ended. Raises CheckpointError if that is not finished."""
     dream, training = loop.run.path.parent / "dream" / "checkpoints", loop.config.training
     found = newest_checkpoint(dream)

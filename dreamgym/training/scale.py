@@ -27,7 +27,7 @@ from .policy import Policy
 # %% auto #0
 __all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'asked_for',
            'check_engine', 'check_zero', 'make_accelerator', 'set_up_zero', 'spread_on_cpu', 'zero_on_cpu', 'is_zero',
-           'autocast', 'is_main', 'from_main', 'share_of', 'is_spread', 'gathered', 'spread_like', 'spread',
+           'autocast', 'is_main', 'from_main', 'leave', 'share_of', 'is_spread', 'gathered', 'spread_like', 'spread',
            'gather_weights', 'micro_batch', 'zero_step', 'left_out', 'zero_optimizer', 'whole_state', 'from_pieces',
            'to_piece', 'restore_zero', 'state_is_spread', 'make_generator']
 
@@ -238,6 +238,15 @@ def from_main(
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([make() if accelerator.is_main_process else None])[0]
+
+# %% ../../nbs/training/30a_scale.ipynb #90c0ddc5
+def leave(
+    accelerator: Any,  # None: one process, nothing to do
+) -> None:
+    """Waits for every rank, then closes the connections between them; the last thing that a program of several does."""
+    if accelerator is not None and accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 # %% ../../nbs/training/30a_scale.ipynb #ae797f88
 def share_of(

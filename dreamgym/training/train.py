@@ -99,6 +99,7 @@ def train(
     arguments: TrainArguments,
 ) -> Path:  # the run's folder
     """Prepares a run where needed and trains one arm in it."""
+    from dreamgym.training.scale import leave
     from dreamgym.training.trainer import OFFLINE, DreamGymTrainer
 
     config, folder = resolve(arguments)
@@ -111,6 +112,7 @@ def train(
             publish(folder / arm / "checkpoints", Path(arguments.checkpoints))
 
     trainer.fit(ready, arm, keep)
+    leave(trainer.accelerator)
     return folder
 
 # %% ../../nbs/training/38_train.ipynb #5209889b

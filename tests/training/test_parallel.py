@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_toys import DOORS, LONG, ZERO, conversation, episode, mixed, new_policy, run_two_ranks, turn
+from rl_toys import DOORS, LONG, ZERO, conversation, end_rank, episode, mixed, new_policy, run_two_ranks, turn
 
 from dreamgym.core.config import TrainingConfig
 from dreamgym.training.grpo import GRPOSettings, grpo_update, make_group_batch
@@ -87,7 +87,7 @@ def worker(out):
         results[kind] = {"weights": full(policy), "metrics": metrics}
     if accelerator.is_main_process:
         torch.save(results, out)
-    torch.distributed.destroy_process_group()
+    end_rank(accelerator)
 
 
 @pytest.fixture(scope="module")

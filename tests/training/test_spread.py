@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rl_toys import ZERO, run_two_ranks
+from rl_toys import ZERO, end_rank, run_two_ranks
 from safetensors.torch import load_file
 from test_trainer import TINY, metrics
 
@@ -56,8 +56,8 @@ def worker(folder):
         shutil.copytree(folder / "whole", folder / "resumed")
         forget_last(folder / "resumed")
     accelerator.wait_for_everyone()
-    fit(folder / "resumed")
-    torch.distributed.destroy_process_group()
+    last = fit(folder / "resumed")
+    end_rank(last.accelerator)
 
 
 def tensors(folder, iteration=3):

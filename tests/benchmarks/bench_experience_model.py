@@ -47,7 +47,7 @@ def config_of(changes: dict[str, Any], steps: int, worlds: int) -> Config:
 def trained(trainer: DreamGymTrainer, ready: Prepared, config: Config, home: Path) -> Any:
     """The experience model of a config, trained or read back, with a buffer of its own."""
     say = lambda line: print(f"  {home.name}: {line}", flush=True)  # noqa: E731
-    place: Any = SimpleNamespace(config=config, env=trainer.env, device="cpu", say=say)
+    place: Any = SimpleNamespace(config=config, env=trainer.env, device="cpu", say=say, client=None)
     buffer = ExperienceReplayBuffer(config.buffer, trainer.folder / "prepared" / "experience.db", dedup=False)
     return make_experience_model(place, replace(ready, buffer=buffer), home)
 

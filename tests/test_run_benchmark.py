@@ -99,6 +99,11 @@ def test_the_fewest_runs(methods, runs):
     assert sorted(m for r in plan for m in r.methods) == sorted(methods)
 
 
+def test_seeds_of_one_algorithm_follow_each_other():
+    plan = bm.plan_runs({0: ["dream", "rft"], 1: ["dream", "rft"], 2: ["rft"]})
+    assert [(r.algorithm, r.seed) for r in plan] == [("ppo", 0), ("ppo", 1), ("rft", 2), ("rft", 0), ("rft", 1)]
+
+
 def test_a_run_has_a_row_for_all_that_it_is_made_for():
     for (algorithm, mode), names in TABLES.items():
         for method in bm.METHODS.values():
@@ -114,14 +119,17 @@ def test_the_command_is_that_of_the_notebook():
     assert command[:3] == ["papermill", "nbs/run_experiment.ipynb", "runs/x.ipynb"]
     assert set(command[4::3]) <= set(papermill.inspect_notebook(str(ROOT / "nbs" / "run_experiment.ipynb")))
     value = dict(zip(command[4::3], command[5::3], strict=True))
-    assert value["overrides"] == "rl.lr=0.001 training.parallel_control=false" and value["seed"] == "3"
+    mine = "training.threads=1 training.parallel_control=false training.prepared_dir=runs/prepared"
+    assert value["overrides"] == f"rl.lr=0.001 {mine}" and value["seed"] == "3"
+    elsewhere = bm.command_of(made, setting, bm.project_root() / "my runs" / "x")
+    assert "prepared_dir" not in " ".join(elsewhere)  # a blank would end the override
 
 
 def test_the_hash_is_that_of_the_run_but_for_the_method():
     chosen = [f"rl.algorithm={a}" for a in ("ppo", "rft")], [f"training.mode={m}" for m in ("real", "dream")]
     for algorithm, mode in zip(*chosen, strict=True):
         config = load_config(None, "alfworld", "smoke", [algorithm, "training.seed=4", mode])
-        ignored = ("rl.algorithm", "training.mode", "training.parallel_control", *REPORTING)
+        ignored = ("rl.algorithm", "training.mode", "training.parallel_control", "training.threads", *REPORTING)
         assert config_hash(config, ignored) == SETTING.hash(4)
     others = [bm.Setting(preset="cpu"), bm.Setting(overrides="rl.gamma=0.5"), bm.Setting(env="webshop")]
     assert len({setting.hash(4) for setting in [SETTING, *others]}) == 4

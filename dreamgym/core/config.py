@@ -278,6 +278,7 @@ class TrainingConfig(Section):
     keep_every: int = Field(0, ge=0, description="keep every such checkpoint too; 0: none (iterations) [ours]")
     out_dir: str = Field("runs", description="folder of runs, relative to the project's root [ours]")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:1' [ours]")
+    prepared_dir: str = Field("", description="folder of preparations that runs share; '': each makes its own [ours]")
     threads: int = Field(1, gt=0, description="torch threads on a CPU [ours]")
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else no [ours]")
     use_tensorboard: bool = Field(True, description="write event files to logs/<run>/<arm> [ours]")
@@ -535,7 +536,7 @@ def save_config(
 
 # %% ../../nbs/core/02_config.ipynb #97c824c5
 REPORTING = (
-    *(f"training.{key}" for key in ("out_dir", "use_wandb", "use_trackio", "use_tensorboard")),
+    *(f"training.{key}" for key in ("out_dir", "prepared_dir", "use_wandb", "use_trackio", "use_tensorboard")),
     *(f"reasoning_model.{key}" for key in ("base_url", "concurrency", "cost_limit")),
 )
 

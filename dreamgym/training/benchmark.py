@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'MODES', 'METHODS', 'Row', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run', 'plan_runs',
            'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'dream_numbers', 'rows_of',
-           'over_seeds', 'over_types', 'summarise', 'difference', 'commit_of', 'Ledger', 'run_one', 'work_off',
-           'run_all', 'line_of', 'table_of']
+           'over_seeds', 'over_types', 'summarise', 'against_real', 'difference', 'commit_of', 'Ledger', 'run_one',
+           'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Setting:
 
     def hash(self, seed: int) -> str:
         """Equal for runs that differ by method only."""
-        mine = ("rl.algorithm", "training.mode", "training.parallel_control")
+        mine = ("rl.algorithm", "training.mode", "training.parallel_control", "training.threads")
         return config_hash(self.load(seed), (*mine, *REPORTING))
 
 # %% ../../nbs/training/40_benchmark.ipynb #c27ab338
@@ -141,7 +141,7 @@ class Run:
 def plan_runs(
     missing: Mapping[int, Sequence[str]],  # seed: methods
 ) -> list[Run]:
-    """Runs that find all missing methods, seed by seed."""
+    """Runs that find all missing methods, the same algorithm of all seeds after each other."""
     runs = []
     for seed, names in missing.items():
         named = dict.fromkeys(METHODS[name].algorithm for name in names)
@@ -150,8 +150,8 @@ def plan_runs(
             found_by = {"": algorithms[0]}  # any run will do: the first
             mine = [n for n in names if found_by.get(METHODS[n].algorithm, METHODS[n].algorithm) == algorithm]
             mode = next(mode for mode in MODES if all(mode in METHODS[name].modes for name in mine))
-            runs.append(Run(algorithm, mode, seed, tuple(mine)))
-    return runs
+            runs.append((algorithms.index(algorithm), Run(algorithm, mode, seed, tuple(mine))))
+    return [run for _, run in sorted(runs, key=lambda ranked: ranked[0])]
 
 # %% ../../nbs/training/40_benchmark.ipynb #125c7b4f
 Row = dict[str, Any]
@@ -192,7 +192,10 @@ def command_of(
     def shown(path: Path) -> str:
         return str(path.relative_to(project_root()) if path.is_relative_to(project_root()) else path)
 
-    overrides = f"{setting.overrides} training.parallel_control=false".strip()
+    shared = shown(folder.parent / "prepared")
+    mine = ["training.threads=1", "training.parallel_control=false"]
+    mine += [] if len(shared.split()) > 1 else [f"training.prepared_dir={shared}"]  # blanks separate overrides
+    overrides = " ".join([*setting.overrides.split(), *mine])
     values = {"env": setting.env, "algorithm": run.algorithm, "mode": run.mode, "preset": setting.preset}
     values |= {"seed": str(run.seed), "config": setting.config, "out_dir": shown(folder), "overrides": overrides}
     files = [str(Path("nbs") / "run_experiment.ipynb"), shown(folder.with_suffix(".ipynb"))]
@@ -288,6 +291,19 @@ def summarise(
         if name != "bc" and shared:
             mine, base = ([table[s]["success"] for s in shared] for table in (seeds, by_method["bc"]))
             found[f"{name}_minus_bc"] = difference(mine, base)
+    return found | against_real(by_method)
+
+
+def against_real(
+    by_method: Mapping[str, Mapping[int, Row]],  # method: seed: row
+) -> dict[str, Any]:  # 'dream_minus_real', 's2r_minus_real', 'grpo-dream_minus_real', …
+    """What dreaming is worth beside RL in the real environment by the same algorithm."""
+    found = {}
+    for name, control in (("dream", "real"), ("s2r", "real"), ("grpo-dream", "grpo"), ("grpo-s2r", "grpo")):
+        shared = [seed for seed in by_method.get(name, {}) if seed in by_method.get(control, {})]
+        if shared:
+            mine, base = ([by_method[m][s]["success"] for s in shared] for m in (name, control))
+            found[f"{name}_minus_real"] = difference(mine, base)
     return found
 
 

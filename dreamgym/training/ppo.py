@@ -24,10 +24,10 @@ from .scale import gathered, is_zero, micro_batch, zero_step
 
 # %% auto #0
 __all__ = ['Loss', 'Share', 'TokenRow', 'pack_turns', 'collate', 'micro_batches', 'even_out', 'TokenBatch', 'bare', 'dropout_off',
-           'score_rows', 'adapters_off', 'reference_scores', 'kl_k1', 'kl_k3', 'Credit', 'collect', 'bootstrap_values',
-           'explained_variance', 'make_batch', 'UpdateSettings', 'PPOSettings', 'ppo_loss', 'drift', 'minibatches',
-           'all_minibatches', 'token_share', 'accumulate', 'token_means', 'FiniteGuard', 'take_step', 'optimise',
-           'StepMeans', 'ppo_update']
+           'without_gradients', 'score_rows', 'adapters_off', 'reference_scores', 'kl_k1', 'kl_k3', 'Credit', 'collect',
+           'bootstrap_values', 'explained_variance', 'make_batch', 'UpdateSettings', 'PPOSettings', 'ppo_loss', 'drift',
+           'minibatches', 'all_minibatches', 'token_share', 'accumulate', 'token_means', 'FiniteGuard', 'take_step',
+           'optimise', 'StepMeans', 'ppo_update']
 
 # %% ../../nbs/training/33_ppo.ipynb #3b8191d7
 @dataclass(frozen=True)
@@ -139,6 +139,19 @@ def dropout_off(policy: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+# %% ../../nbs/training/33_ppo.ipynb #a44cf15c
+@contextmanager
+def without_gradients(module: nn.Module | None) -> Iterator[None]:
+    """No gradient for a module's weights, for a while; None: nothing changes."""
+    held = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
 
 # %% ../../nbs/training/33_ppo.ipynb #0f6d007f
 @torch.no_grad()
@@ -514,7 +527,7 @@ def optimise(
 ) -> dict[str, float]:  # means over tokens, keys 'policy/…' and 'value/…'
     """All optimiser steps of one update."""
     guard, seen = guard or FiniteGuard(), StepMeans()
-    with dropout_off(policy):
+    with dropout_off(policy), without_gradients(frozen if accelerator is None else None):
         for chosen in all_minibatches(batch, settings, accelerator):
             found = accumulate(policy, batch.take(chosen), loss, share, settings, accelerator)
             if found["policy/kl_old"] > settings.kl_stop:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..core import language_model as lm
-from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, project_path
+from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, config_hash, config_keys, project_path
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError, PredictionError
 from ..core.generators import TransformersGenerator
@@ -37,11 +37,12 @@ from .rollout import RolloutConfig, rollout
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'training_tasks', 'record_offline', 'offline_data', 'with_states',
-           'with_initial_states', 'environment_texts', 'make_language_model', 'agent_texts', 'make_policy',
-           'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts', 'lost_targets', 'check_tokens',
-           'experience_model', 'train_experience_model', 'check_served', 'check_refresh', 'check_curriculum',
-           'open_client', 'keep_ledger', 'explained', 'first_texts']
+__all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 'training_tasks', 'record_offline',
+           'offline_data', 'with_states', 'with_initial_states', 'environment_texts', 'make_language_model',
+           'agent_texts', 'make_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts',
+           'lost_targets', 'check_tokens', 'experience_model', 'train_experience_model', 'check_served',
+           'check_refresh', 'check_curriculum', 'open_client', 'keep_ledger', 'explained', 'first_texts', 'stamps',
+           'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -395,3 +396,37 @@ def first_texts(
     states = {task.initial_state or "" for task in tasks}
     actions = [(env.mapper and env.mapper.admissible_actions(state)) or [] for state in states]
     return {"fail ok", *states, *(action for few in actions for action in few)}
+
+# %% ../../nbs/training/35a_preparation.ipynb #9d057f3b
+AFTERWARDS = {  # settings that matter only when the models are there
+    "environment": "eval_split browser browsers judge_llm",
+    "policy_model": "lora_rank gradient_checkpointing server",
+    "buffer": "synthetic_ratio",
+    "reasoning_model": "temperature max_new_tokens votes pessimism agreement verify redraws refresh_every refresh_episodes "
+    "refresh_steps concurrency price_input price_output cost_limit cache",
+}
+RETRIEVAL = {"buffer.top_k", "buffer.same_world", "buffer.action_weight"}  # matter to the experience model, not to the data
+
+
+def stamps(
+    config: Config,
+) -> tuple[str, str]:  # of data and clone; of the experience model
+    """Hashes of all settings that what is prepared depends on."""
+    keys = config_keys()
+    later = {f"{section}.{key}" for section, names in AFTERWARDS.items() for key in names.split()}
+    later |= {key for key in keys if key.startswith(("rl.", "curriculum.", "training."))} - {"training.seed"}
+    dreamer = {key for key in keys if key.startswith("reasoning_model.")}
+    spared = dreamer if config.reasoning_model.annotation == "rules" else set()  # else its teacher wrote into the data
+    return config_hash(config, sorted(later | spared | RETRIEVAL)), config_hash(config, sorted(later))
+
+
+def homes(
+    config: Config,
+    folder: Path,  # of the run
+) -> tuple[Path, Path]:  # of data and clone; of the experience model
+    """Where what is prepared lies: in the run, or shared."""
+    if not config.training.prepared_dir:
+        return folder / "prepared", folder / "prepared" / "experience_model"
+    data, model = stamps(config)
+    home = project_path(config.training.prepared_dir) / data / "prepared"
+    return home, home / f"experience_model-{model}"

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'make_experience_model', 'RunningLoss',
            'require', 'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts',
-           'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make', 'open_arm', 'train_arm', 'keep_spent',
-           'check_settings', 'check_arm', 'claim_folder', 'describe']
+           'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make', 'lock_home', 'open_arm', 'train_arm',
+           'keep_spent', 'check_settings', 'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -316,10 +316,13 @@ class DreamGymTrainer:
 
     def prepare(self, dream: bool = True) -> Prepared:
         """Offline data, cloned policy and (for dreams) the experience model; read back where they are on disk."""
+        home, dreamer = prep.homes(self.config, self.folder)
         with main_first(self.accelerator):
-            ready = read_or_make(self, self.folder / "prepared")
+            ready = read_or_make(self, home)
         if dream and self.main:  # only rank 0 dreams
-            ready.model = make_experience_model(self, ready, self.folder / "prepared" / "experience_model")
+            there = self.client is not None or (dreamer / "trained.json").is_file()
+            with nullcontext() if there else lock_home(self, home):
+                ready.model = make_experience_model(self, ready, dreamer)
         return ready
 
     def fit(
@@ -344,11 +347,18 @@ def read_or_make(trainer: DreamGymTrainer, home: Path) -> Prepared:
     tasks = prep.training_tasks(trainer.env, trainer.config)
     if (home / "counts.json").is_file():
         return read_prepared(trainer, home, tasks)
-    with closing(lock_folder(trainer.folder)):
+    with lock_home(trainer, home):
+        if (home / "counts.json").is_file():  # made by the process that we waited for
+            return read_prepared(trainer, home, tasks)
         try:
             return make_prepared(trainer, home, tasks)
         finally:
             prep.keep_ledger(trainer.client, trainer.folder)
+
+
+def lock_home(trainer: DreamGymTrainer, home: Path) -> AbstractContextManager[Any]:
+    """One process at a time prepares. Where several runs share it the others wait; else they are told at once."""
+    return closing(lock_folder(home.parent, wait=bool(trainer.config.training.prepared_dir)))
 
 
 def open_arm(trainer: DreamGymTrainer, arm: str) -> AbstractContextManager[Any]:

@@ -133,14 +133,15 @@ def write_json(
 # %% ../../nbs/utils/05_tracking.ipynb #d2f049f1
 def lock_folder(
     path: str | Path,  # made if absent
+    wait: bool = False,  # until another process gives it back
 ) -> IO[str]:  # keep it: closing it gives the lock back
-    """Lock a folder for this process. Raises ConfigError at once if it cannot be written or is locked."""
+    """Lock a folder for this process. Raises ConfigError if it cannot be written, or (unless it waits) is locked."""
     path = Path(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         file.seek(0)
         owner = file.read().strip() or "unknown"

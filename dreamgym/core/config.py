@@ -219,6 +219,7 @@ class RLConfig(Section):
     )
     group_size: int = Field(8, gt=1, description="episodes per task for grpo, rloo, gigpo [verl-agent]")
     lr: float = Field(5e-4, gt=0, description="learning rate of AdamW [ours]; 1e-6 for 1.5B and more [verl-agent]")
+    lr_warmup: int = Field(0, ge=0, description="iterations over which lr rises (of those that move the policy) [ours]")
     value_lr: float = Field(5e-3, gt=0, description="learning rate of the value head [ours]; 1e-5 [verl-agent]")
     clip: float = Field(0.2, gt=0, description="largest change of the probability ratio [verl-agent]")
     dual_clip: float = Field(3.0, gt=1, description="bound of the loss of a bad token; ppo only [verl-agent]")

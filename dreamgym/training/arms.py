@@ -38,7 +38,7 @@ from .fidelity import on_policy
 from .fine_tuning import own_copy, refresh_by
 from .grpo import GRPOSettings, grpo_update, make_group_batch
 from .play import evaluate_policy, play_settings
-from .policy import Policy
+from .policy import Policy, make_optimizer, set_rate
 from .ppo import FiniteGuard, PPOSettings, bare, make_batch, ppo_update
 from .rollout import rollout, rollout_metrics
 from .scale import autocast, from_main, gather_weights, is_main, lora_layers, share_of, trainable
@@ -46,10 +46,10 @@ from .scale import autocast, from_main, gather_weights, is_main, lora_layers, sh
 # %% auto #0
 __all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
            'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm',
-           'make_optimizer', 'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream',
-           'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts',
-           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream',
-           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
+           'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration',
+           'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'update_policy',
+           'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream', 'write_iteration',
+           'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 log = logging.getLogger(__name__)
@@ -198,24 +198,13 @@ def check_algorithm(
         raise ConfigError("rl.algorithm: dpo compares two actions in one state; set policy_model.context to 'state'")
 
 # %% ../../nbs/training/36a_arms.ipynb #4e5c1731
-def make_optimizer(
-    policy: Policy,
-    config: Config,
-) -> torch.optim.AdamW:
-    """AdamW on what trains, the value head at its own rate."""
-    model = [p for p in policy.model.parameters() if p.requires_grad]
-    rates = ((model, config.rl.lr), (list(policy.value.parameters()), config.rl.value_lr))
-    groups = [{"params": params, "lr": lr} for params, lr in rates]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-
-# %% ../../nbs/training/36a_arms.ipynb #d90b7a04
 def start_arm_loop(
     config: Config, ready: Prepared, arm: str, device: str, run: RunDir, accelerator: Any = None, trackers: Any = ()
 ) -> ArmLoop:
     """A new arm at the cloned policy, or where its newest whole checkpoint stands."""
     policy = trainable(ready.policy, config.policy_model, config.training.seed)
     reference = None if config.policy_model.lora_rank else copy.deepcopy(ready.policy)
-    loop = ArmLoop(config, ready, arm, device, run, policy, reference, make_optimizer(policy, config), accelerator)
+    loop = ArmLoop(config, ready, arm, device, run, policy, reference, make_optimizer(policy, config.rl), accelerator)
     loop.trackers, loop.curriculum = trackers, make_curriculum(loop)
     found = newest_checkpoint(loop.checkpoints)
     loop.model = dreamer(loop, *(found or (Path(), {})))
@@ -429,6 +418,7 @@ def update_policy(
     rl = loop.config.rl
     usable = [t for t in trajectories if t.aborted is None and t.turns]
     loop.policy.train()
+    set_rate(loop.optimizer, rl, loop.iteration - loop.fresh_from - rl.value_warmup * (rl.algorithm == "ppo"))
     if not usable:
         metrics: dict[str, float] = {"policy/updates": 0}
     elif rl.algorithm == "rft":

@@ -293,7 +293,7 @@ def summarise(
             found[f"{name}_minus_bc"] = difference(mine, base)
     return found | against_real(by_method)
 
-
+# %% ../../nbs/training/40_benchmark.ipynb #6a0a6a80
 def against_real(
     by_method: Mapping[str, Mapping[int, Row]],  # method: seed: row
 ) -> dict[str, Any]:  # 'dream_minus_real', 's2r_minus_real', 'grpo-dream_minus_real', …

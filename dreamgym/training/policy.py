@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ..core.config import PolicyModelConfig
+from ..core.config import PolicyModelConfig, RLConfig
 from ..core.data_structures import Turn
 from ..core.errors import ConfigError, DataError
 from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, trunk
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'Parsed', 'one_line', 'parse_thinking', 'extended', 'TurnCodec', 'next_prompt',
-           'append_only_rows', 'demonstrated_turns', 'make_codec', 'TokenScores', 'Policy']
+           'append_only_rows', 'demonstrated_turns', 'make_codec', 'TokenScores', 'Policy', 'make_optimizer',
+           'set_rate']
 
 # %% ../../nbs/training/30_policy.ipynb #e28e72d8
 @dataclass(frozen=True)
@@ -220,3 +222,23 @@ class Policy(nn.Module):
         rows = make_rows(prompts, [[0]] * len(prompts), self.value.weight.device)
         hidden, _ = trunk(self.model, rows.ids)
         return self.value(hidden[:, :-1][rows.action_mask[:, 1:]].to(self.value.weight.dtype))[:, 0].float()
+
+# %% ../../nbs/training/30_policy.ipynb #dd132e3a
+def make_optimizer(
+    policy: Policy,
+    rl: RLConfig,
+) -> torch.optim.AdamW:
+    """AdamW on what trains, the value head at its own rate."""
+    model = [p for p in policy.model.parameters() if p.requires_grad]
+    rates = ((model, rl.lr), (list(policy.value.parameters()), rl.value_lr))
+    groups = [{"params": params, "lr": lr} for params, lr in rates]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer,  # of `make_optimizer`, changed in place
+    rl: RLConfig,
+    iteration: int,  # how many have moved the policy before
+) -> None:
+    """The policy's learning rate in an iteration."""
+    optimizer.param_groups[0]["lr"] = rl.lr * min(1.0, (max(iteration, 0) + 1) / (rl.lr_warmup + 1))

@@ -221,7 +221,7 @@ def kl_k3(
 ) -> Tensor:  # (N,) >= 0
     """Low-variance estimate of KL(policy || reference), for the loss."""
     x = (ref_logprobs - logprobs).clamp(-20, 20)
-    return x.exp() - x - 1
+    return (x.exp() - x - 1).clamp(max=10)
 
 # %% ../../nbs/training/33_ppo.ipynb #3cf5efab
 @dataclass(frozen=True)

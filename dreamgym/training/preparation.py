@@ -402,10 +402,10 @@ AFTERWARDS = {  # settings that matter only when the models are there
     "environment": "eval_split browser browsers judge_llm",
     "policy_model": "lora_rank gradient_checkpointing server",
     "buffer": "synthetic_ratio",
-    "reasoning_model": "temperature max_new_tokens votes pessimism agreement verify redraws refresh_every refresh_episodes "
-    "refresh_steps concurrency price_input price_output cost_limit cache",
+    "reasoning_model": "temperature max_new_tokens votes pessimism agreement verify redraws refresh_every "
+    "refresh_episodes refresh_steps concurrency price_input price_output cost_limit cache",
 }
-RETRIEVAL = {"buffer.top_k", "buffer.same_world", "buffer.action_weight"}  # matter to the experience model, not to the data
+RETRIEVAL = {"buffer.top_k", "buffer.same_world", "buffer.action_weight"}  # the data does not depend on these
 
 
 def stamps(

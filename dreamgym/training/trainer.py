@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'make_experience_model', 'RunningLoss',
            'require', 'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts',
-           'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make', 'lock_home', 'open_arm', 'train_arm',
-           'keep_spent', 'check_settings', 'check_arm', 'claim_folder', 'describe']
+           'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make', 'read_or_train', 'lock_home',
+           'open_arm', 'train_arm', 'keep_spent', 'check_settings', 'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -320,9 +320,7 @@ class DreamGymTrainer:
         with main_first(self.accelerator):
             ready = read_or_make(self, home)
         if dream and self.main:  # only rank 0 dreams
-            there = self.client is not None or (dreamer / "trained.json").is_file()
-            with nullcontext() if there else lock_home(self, home):
-                ready.model = make_experience_model(self, ready, dreamer)
+            ready.model = read_or_train(self, ready, home, dreamer)
         return ready
 
     def fit(
@@ -355,12 +353,19 @@ def read_or_make(trainer: DreamGymTrainer, home: Path) -> Prepared:
         finally:
             prep.keep_ledger(trainer.client, trainer.folder)
 
+# %% ../../nbs/training/37_trainer.ipynb #688af5eb
+def read_or_train(trainer: DreamGymTrainer, ready: Prepared, home: Path, dreamer: Path) -> ReasoningExperienceModel:
+    """The experience model; one process trains it."""
+    there = trainer.client is not None or (dreamer / "trained.json").is_file()
+    with nullcontext() if there else lock_home(trainer, home):
+        return make_experience_model(trainer, ready, dreamer)
+
 
 def lock_home(trainer: DreamGymTrainer, home: Path) -> AbstractContextManager[Any]:
     """One process at a time prepares. Where several runs share it the others wait; else they are told at once."""
     return closing(lock_folder(home.parent, wait=bool(trainer.config.training.prepared_dir)))
 
-
+# %% ../../nbs/training/37_trainer.ipynb #14221c50
 def open_arm(trainer: DreamGymTrainer, arm: str) -> AbstractContextManager[Any]:
     """The arm's folder, locked by rank 0, for the others only its path."""
     folder = trainer.folder / arm

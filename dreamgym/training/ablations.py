@@ -48,6 +48,9 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "task-generation": Ablation("without task generation", "curriculum.synthetic_fraction_max=0"),
         "curriculum": Ablation("without curriculum", "curriculum.difficulty_increment=0"),
         "history": Ablation("without history", "reasoning_model.history=0"),
+        "same-world": Ablation("replay from all worlds", "buffer.same_world=false"),
+        "abstract-state": Ablation("raw observations", "environment.mapper=false"),
+        "policy-data": Ablation("without the policy's own data", "environment.live_episodes=0"),
         "dream": Ablation("real only", "buffer.synthetic_ratio=0 reasoning_model.refresh_every=0", "real"),
         "offline-data": Ablation("synthetic only", "environment.offline_data=null"),
     }

@@ -30,10 +30,10 @@ from ..utils.tracking import lock_folder, read_metrics, write_json
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'MODES', 'METHODS', 'Row', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run', 'plan_runs',
-           'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'dream_numbers', 'rows_of',
-           'over_seeds', 'over_types', 'summarise', 'against_real', 'difference', 'commit_of', 'Ledger', 'run_one',
-           'work_off', 'run_all', 'line_of', 'table_of']
+__all__ = ['log', 'MODES', 'METHODS', 'PAPER_METHODS', 'Row', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run',
+           'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'dream_numbers',
+           'rows_of', 'over_seeds', 'over_types', 'summarise', 'against_real', 'difference', 'commit_of', 'Ledger',
+           'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "dpo": Method("DPO agent", "dpo", "dpo agent", ("real",)),
     }
 )
+PAPER_METHODS = ("bc", "dpo", "rft", "real", "grpo", "dream", "grpo-dream", "s2r")  # its Table 1, on one's own scale
 
 # %% ../../nbs/training/40_benchmark.ipynb #8883b98b
 def parse_methods(

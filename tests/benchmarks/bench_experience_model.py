@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def config_of(changes: dict[str, Any], steps: int, worlds: int) -> Config:
     """The cpu preset with some changes."""
-    base = {"environment.data_dir": "generated", "training.use_tensorboard": False}
+    base = {"environment.data_dir": "generated", "training.use_tensorboard": False, "training.threads": 1}
     base |= {"reasoning_model.train_steps": steps, "environment.num_train_worlds": worlds}
     return load_config(None, "alfworld", "cpu", base | changes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -180,6 +181,29 @@ def test_s2r_keeps_or_resets_optimiser_and_critic(kept, whole, tmp_path):
         assert bool(loop.optimizer.state) == (kept == "keep") == bool(loop.policy.value.weight.any())
         dreamt = weights(tmp_path / "run" / "dream")
         assert all(torch.equal(p, dreamt[f"model.{n}"]) for n, p in loop.policy.model.state_dict().items())
+
+
+def test_runs_at_the_same_time_share_what_one_of_them_prepares(whole, tmp_path):
+    said = []
+
+    def run(name, **more):
+        settings = config(training__prepared_dir=str(tmp_path / "shared"), **more)
+        t = DreamGymTrainer(settings, tmp_path / name, progress=said.append)
+        return t, t.prepare()
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, ready), (_, again) = pool.map(run, ("a", "b"))
+    assert sum("cloned from" in line for line in said) == sum("training the" in line for line in said) == 1
+    assert ready.counts == again.counts and not (tmp_path / "a" / "prepared").exists()
+    first.fit(first.prepare(), "dream")  # a database stays in the thread that opened it
+    assert metrics(tmp_path / "a" / "dream") == metrics(whole / "dream")
+    said.clear()
+    run("c", rl__lr=0.1)
+    assert not any("training the" in line for line in said)  # other RL, the same models
+    run("d", buffer__top_k=0)
+    assert [line.split()[0] for line in said if "read back" not in line][:1] == ["training"]  # the same data, another model
+    run("e", training__seed=1)
+    assert sum("cloned from" in line for line in said) == 1
 
 
 def test_lora_trains_adapters_only_and_resumes(whole, tmp_path):

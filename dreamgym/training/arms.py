@@ -138,7 +138,8 @@ def group_size(loop: ArmLoop) -> int:
 
 def within_budget(loop: ArmLoop, episodes: int) -> int:
     """So many real episodes, or fewer that stay within the budget however long they are."""
-    budget, turns = loop.config.training.real_budget, loop.ready.env.max_turns
+    training, turns = loop.config.training, loop.ready.env.max_turns
+    budget = training.s2r_budget if loop.arm == "s2r" and training.s2r_budget else training.real_budget
     return episodes if budget is None else min(episodes, (budget - loop.real_transitions) // turns)
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -142,11 +143,12 @@ class Run:
 def plan_runs(
     missing: Mapping[int, Sequence[str]],  # seed: methods
 ) -> list[Run]:
-    """Runs that find all missing methods, the same algorithm of all seeds after each other."""
+    """Runs that find all missing methods: those that find most of them first, for all seeds."""
     runs = []
     for seed, names in missing.items():
         named = dict.fromkeys(METHODS[name].algorithm for name in names)
-        algorithms = [a for a in named if a] or (["ppo"] if names else [])
+        found = Counter(METHODS[name].algorithm for name in names)
+        algorithms = sorted([a for a in named if a], key=lambda a: -found[a]) or (["ppo"] if names else [])
         for algorithm in algorithms:
             found_by = {"": algorithms[0]}  # any run will do: the first
             mine = [n for n in names if found_by.get(METHODS[n].algorithm, METHODS[n].algorithm) == algorithm]

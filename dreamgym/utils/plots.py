@@ -130,6 +130,7 @@ def plot_success_by_method(
 ) -> Any:  # figure
     """Bars with 95 % intervals, in the given order."""
     figure, axes = new_axes("", "success (share of games)", title)
+    figure.set_size_inches(max(5.0, 1 + 1.1 * len(results)), 3)
     for x, (method, (success, _)) in enumerate(results.items()):
         error = [[success.value - success.low], [success.high - success.value]]
         axes.bar(x, success.value, width=0.6, color=method_colour(method), yerr=error, capsize=4)

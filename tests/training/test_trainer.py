@@ -26,6 +26,7 @@ TINY = {
     "training.validation_episodes": 3,
     "training.gap_episodes": 3,
     "reasoning_model.train_steps": 8,
+    "rl.lr_warmup": 1,
     "training.use_tensorboard": False,
 }
 
@@ -162,10 +163,11 @@ def test_group_methods_play_groups(algorithm, whole, tmp_path):
     assert row["rollout/n"] == 6 and 0 <= row["policy/flat_groups"] <= 1 and "value/loss" not in row
 
 
-def test_the_real_budget_is_never_exceeded(whole, tmp_path):
+@pytest.mark.parametrize("budget", [{"training__real_budget": 100}, {"training__s2r_budget": 100}])
+def test_the_real_budget_is_never_exceeded(budget, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
-    t = trainer(tmp_path / "run", training__real_budget=100, training__s2r_iterations=9)
+    t = trainer(tmp_path / "run", training__s2r_iterations=9, **budget)
     t.fit(t.prepare(), "s2r")
     rows = metrics(tmp_path / "run" / "s2r")
     assert 100 - 30 < rows[-1]["rollout/real_transitions"] <= 100 and "eval/success" in rows[-1]

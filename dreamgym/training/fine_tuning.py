@@ -28,8 +28,8 @@ from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
 from .trl_baselines import lent_to_trl, run_trainer, trainer_settings
 
 # %% auto #0
-__all__ = ['conversation_rows', 'can_pack', 'lora_settings', 'fine_tune', 'old_episodes', 'Refreshed', 'refresh', 'train_again',
-           'copy_store', 'own_copy', 'refresh_by']
+__all__ = ['conversation_rows', 'pays_to_pack', 'lora_settings', 'fine_tune', 'old_episodes', 'Refreshed', 'refresh',
+           'train_again', 'copy_store', 'own_copy', 'refresh_by']
 
 # %% ../../nbs/training/35f_fine_tuning.ipynb #0b6a66a5
 def conversation_rows(
@@ -53,9 +53,11 @@ def conversation_rows(
     return rows
 
 # %% ../../nbs/training/35f_fine_tuning.ipynb #4b5256aa
-def can_pack(model: Any) -> bool:
-    """Whether packed rows are kept apart."""
-    return "flash" in str(getattr(model.config, "_attn_implementation", ""))
+def pays_to_pack(model: Any) -> bool:
+    """Whether the model's attention skips what packed rows do not see of each other, and nothing else mixes them."""
+    kinds = {"full_attention", *(getattr(model.config, "layer_types", None) or ())}
+    apart = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+    return apart and "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
 def lora_settings(rank: int) -> Any:  # peft.LoraConfig; None: all weights train
@@ -95,7 +97,7 @@ def fine_tune(
         "seed": seed,
     }
     asked |= {"learning_rate": section.lr, "weight_decay": section.weight_decay, "completion_only_loss": True}
-    asked |= {"packing": can_pack(language_model.model), "max_length": None}
+    asked |= {"padding_free": pays_to_pack(language_model.model), "max_length": None}
     with tempfile.TemporaryDirectory() as folder, lent_to_trl(language_model.model) as lent:
         settings = trl.SFTConfig(**trainer_settings(folder, language_model.model.device, asked | options))
         rows = datasets.Dataset.from_list(conversation_rows(experiences, model, language_model.tokenizer))

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dreamgym.environments.offline import EXPERT, record
 from dreamgym.models.experience_sft import encode_examples, example_loss, split_experiences
 from dreamgym.models.reasoning_model import ExperiencePrompts
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
-from dreamgym.training.fine_tuning import conversation_rows, fine_tune, old_episodes, refresh
+from dreamgym.training.fine_tuning import conversation_rows, fine_tune, old_episodes, pays_to_pack, refresh
 from dreamgym.training.preparation import check_tokens, environment_texts, lost_targets
 
 
@@ -47,6 +48,35 @@ def test_trl_takes_the_loss_of_our_loop_on_the_same_rows(env, rows, small):
     section = ReasoningModelConfig(train_steps=1, batch_size=8, lr=1e-12)
     metrics = fine_tune(model, small, chosen, section, warmup_steps=0, logging_steps=1)
     assert math.isclose(metrics["train_loss"], expected, rel_tol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("attention", "layers", "pays"),
+    [
+        ("sdpa", None, False),
+        ("flash_attention_2", None, True),
+        ("flash_attention_2", ["sliding_attention", "full_attention"], True),
+        ("flash_attention_2", ["conv", "full_attention"], False),
+    ],
+)
+def test_packing_where_it_pays_and_keeps_rows_apart(attention, layers, pays):
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention, layer_types=layers))
+    assert pays_to_pack(model) == pays
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_packed_batch_teaches_what_a_padded_one_does(env, rows, small, attention):
+    start = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
+    small.model.set_attn_implementation(attention)
+    section, found = ReasoningModelConfig(train_steps=3, batch_size=8, lr=1e-2), []
+    for packed in (False, True):
+        small.model.load_state_dict(start)
+        metrics = fine_tune(prompts_of(env), small, rows[:24], section, warmup_steps=0, padding_free=packed)
+        found.append((metrics["train_loss"], {n: t.clone() for n, t in small.model.state_dict().items()}))
+    (loss, padded), (same, packed) = found
+    assert math.isclose(loss, same, rel_tol=1e-5) and len({len(row.state) for row in rows[:24]}) > 1
+    assert all(torch.allclose(padded[name], packed[name], atol=1e-4) for name in padded)
+    assert any(not torch.equal(padded[name], start[name]) for name in start)
 
 
 def test_rows_are_what_our_loop_reads(env, rows, small):

@@ -203,7 +203,9 @@ def test_runs_at_the_same_time_share_what_one_of_them_prepares(whole, tmp_path):
     run("c", rl__lr=0.1)
     assert not any("training the" in line for line in said)  # other RL, the same models
     run("d", buffer__top_k=0)
-    assert [line.split()[0] for line in said if "read back" not in line][:1] == ["training"]  # the same data, another model
+    assert [line.split()[0] for line in said if "read back" not in line][:1] == [
+        "training"
+    ]  # the same data, another model
     run("e", training__seed=1)
     assert sum("cloned from" in line for line in said) == 1
 

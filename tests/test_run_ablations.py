@@ -18,7 +18,7 @@ from dreamgym.training import ablations as ab
 from dreamgym.training.benchmark import METHODS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
-SWITCHES = {  # of the design's table
+SWITCHES = {  # the first seven are the design's
     "dream": ("buffer", "synthetic_ratio", 0),
     "curriculum": ("curriculum", "difficulty_increment", 0),
     "offline-data": ("environment", "offline_data", None),
@@ -26,6 +26,9 @@ SWITCHES = {  # of the design's table
     "replay": ("buffer", "top_k", 0),
     "task-generation": ("curriculum", "synthetic_fraction_max", 0),
     "history": ("reasoning_model", "history", 0),
+    "same-world": ("buffer", "same_world", False),
+    "abstract-state": ("environment", "mapper", False),
+    "policy-data": ("environment", "live_episodes", 0),
 }
 
 
@@ -135,7 +138,9 @@ def test_one_run_for_each_setting_and_seed(tmp_path):
     )  # top_k 0 and 1 are there already
     modes = [command[command.index("mode") + 1] for command in runner.commands]
     assert modes.count("real") == 2 and all(("synthetic_ratio=0" in w) == (m == "real") for w, m in zip(words, modes))
-    first = [word.split()[-2] for word in words[:4]]  # seed 0, the full method first
+    first = [
+        word.split()[-4] for word in words[:4]
+    ]  # seed 0, the full method first; the benchmark's own three come last
     assert first[1:] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
     assert "top_k" not in words[0]
     summary = ledger.content["summary"]["ablations"]

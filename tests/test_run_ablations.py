@@ -138,9 +138,7 @@ def test_one_run_for_each_setting_and_seed(tmp_path):
     )  # top_k 0 and 1 are there already
     modes = [command[command.index("mode") + 1] for command in runner.commands]
     assert modes.count("real") == 2 and all(("synthetic_ratio=0" in w) == (m == "real") for w, m in zip(words, modes))
-    first = [
-        word.split()[-4] for word in words[:4]
-    ]  # seed 0, the full method first; the benchmark's own three come last
+    first = [word.split()[-4] for word in words[:4]]  # seed 0, the full method first; three words are the benchmark's
     assert first[1:] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
     assert "top_k" not in words[0]
     summary = ledger.content["summary"]["ablations"]

@@ -257,7 +257,7 @@ class TrainingConfig(Section):
     num_iterations: int = Field(18, ge=0, description="collect-and-update rounds [ours]")
     s2r_iterations: int = Field(4, ge=0, description="iterations in the real environment after the dream (s2r) [ours]")
     s2r_budget: int | None = Field(
-        None, gt=0, description="most real transitions of s2r; null: training.real_budget (transitions) [ours]"
+        None, gt=0, description="most real transitions of s2r, besides real_budget; null: no limit (transitions) [ours]"
     )
     s2r_optimizer: Literal["keep", "reset"] = Field(
         "keep", description="optimiser and critic of s2r: the dream's, or new ones [ours]"

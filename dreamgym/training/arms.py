@@ -139,8 +139,8 @@ def group_size(loop: ArmLoop) -> int:
 def within_budget(loop: ArmLoop, episodes: int) -> int:
     """So many real episodes, or fewer that stay within the budget however long they are."""
     training, turns = loop.config.training, loop.ready.env.max_turns
-    budget = training.s2r_budget if loop.arm == "s2r" and training.s2r_budget else training.real_budget
-    return episodes if budget is None else min(episodes, (budget - loop.real_transitions) // turns)
+    limits = [training.real_budget, training.s2r_budget if loop.arm == "s2r" else None]
+    return min([episodes, *((limit - loop.real_transitions) // turns for limit in limits if limit is not None)])
 
 
 def affordable(loop: ArmLoop) -> int:

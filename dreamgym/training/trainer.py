@@ -319,8 +319,7 @@ class DreamGymTrainer:
         home, dreamer = prep.homes(self.config, self.folder)
         with main_first(self.accelerator):
             ready = read_or_make(self, home)
-        if dream and self.main:  # only rank 0 dreams
-            ready.model = read_or_train(self, ready, home, dreamer)
+        ready.model = read_or_train(self, ready, home, dreamer) if dream and self.main else None  # only rank 0 dreams
         return ready
 
     def fit(
@@ -363,7 +362,13 @@ def read_or_train(trainer: DreamGymTrainer, ready: Prepared, home: Path, dreamer
 
 def lock_home(trainer: DreamGymTrainer, home: Path) -> AbstractContextManager[Any]:
     """One process at a time prepares. Where several runs share it the others wait; else they are told at once."""
-    return closing(lock_folder(home.parent, wait=bool(trainer.config.training.prepared_dir)))
+    try:
+        return closing(lock_folder(home.parent))
+    except ConfigError:
+        if not trainer.config.training.prepared_dir:
+            raise
+    trainer.say(f"another run prepares what this one needs too, in {home.parent}; waiting for it")
+    return closing(lock_folder(home.parent, wait=True))
 
 # %% ../../nbs/training/37_trainer.ipynb #14221c50
 def open_arm(trainer: DreamGymTrainer, arm: str) -> AbstractContextManager[Any]:

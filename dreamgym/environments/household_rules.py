@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -40,9 +40,9 @@ from dreamgym.environments.household_text import (
 )
 
 # %% auto #0
-__all__ = ['HouseGoal', 'read_instruction', 'within_reach', 'goal_holds', 'read_command', 'Verdict', 'every', 'judge',
-           'may_be_closed', 'can_contain', 'expected_state', 'is_determined', 'reasoning_trace', 'goal_trace',
-           'violations']
+__all__ = ['Check', 'HouseGoal', 'read_instruction', 'within_reach', 'goal_holds', 'read_command', 'every', 'until_failed',
+           'Verdict', 'judge', 'may_be_closed', 'can_contain', 'expected_state', 'is_determined', 'reasoning_trace',
+           'goal_trace', 'violations']
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #9c4f9250
 @dataclass(frozen=True, slots=True)
@@ -148,12 +148,7 @@ def read_command(
     return "", ()
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #ed9a064a
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether an action works, and the facts that decide it."""
-
-    ok: bool | None  # None: hidden facts decide
-    facts: tuple[str, ...]  # 'at drawer 1', 'hold nothing', 'mug 1 there'
+Check = tuple[str, bool | None]  # a fact, and whether it allows what was asked; None: hidden facts decide
 
 
 def every(
@@ -161,6 +156,28 @@ def every(
 ) -> bool | None:  # None: unknown
     """Three-valued 'and'."""
     return False if False in answers else None if None in answers else True
+
+
+def until_failed(
+    checks: Sequence[Check],
+) -> tuple[str, ...]:
+    """The facts up to the first that fails, that one included."""
+    answers = [answer for _, answer in checks]
+    end = answers.index(False) + 1 if False in answers else len(answers)
+    return tuple(fact for fact, _ in checks[:end])
+
+# %% ../../nbs/environments/11c_household_rules.ipynb #daffdf50
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an action works, and the facts that decide it."""
+
+    ok: bool | None  # None: hidden facts decide
+    facts: tuple[str, ...]  # 'at drawer 1', 'hold nothing', 'mug 1 there'
+
+    @classmethod
+    def of(cls, *checks: Check) -> Verdict:
+        """The verdict of several conditions."""
+        return cls(every(*(answer for _, answer in checks)), until_failed(checks))
 
 
 def judge(
@@ -195,16 +212,18 @@ def _there(state: HouseState, item: str, place: str) -> bool:
     return item in map(name_of, state.receptacles.get(place, Receptacle()).contents or ())
 
 
-def _hold(state: HouseState) -> str:
-    return f"hold {name_of(state.hold)}"
+def _holds(state: HouseState, item: str) -> Check:
+    held = name_of(state.hold)
+    return f"hold {held}" + f" not {item}" * (held != item), held == item
 
 
 def _presence(item: str, there: bool | None) -> str:
     return f"{item} {'there' if there else 'absent'}"
 
 
-def _at(state: HouseState, place: str, reach: bool | None) -> str:
-    return f"at {state.at} near {place}" if reach and place != state.at else f"at {state.at}"
+def _at(state: HouseState, place: str, reach: bool | None) -> Check:
+    word = {True: f" near {place}" * (place != state.at), False: f" not {place}", None: ""}[reach]
+    return f"at {state.at}{word}", reach
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #650d10bc
 def _reach(state: HouseState, place: str, variant: Variant) -> bool | None:
@@ -266,9 +285,10 @@ def _item_near(state: HouseState, item: str, variant: Variant) -> bool | None:
 # %% ../../nbs/environments/11c_household_rules.ipynb #49d1e5e6
 def _check_go(state: HouseState, variant: Variant, verb: str, place: str) -> Verdict:
     r, reach = state.receptacles.get(place), _reach(state, place, variant)
-    seen = "missing" if r is None else "here" if place == state.at else "seen" if r.seen else _condition(state, place)
-    ok = every(r is not None, None if reach is None else not reach)
-    return Verdict(ok, (_at(state, place, reach), f"{place} {seen}"))
+    reached = "here" if place == state.at else "near"
+    seen = reached if reach else "seen" if r and r.seen else _condition(state, place)
+    there = (f"{place} {seen}", every(r is not None, None if reach is None else not reach))
+    return Verdict.of((f"at {state.at}", True), there)
 
 
 def _check_door(state: HouseState, variant: Variant, verb: str, place: str) -> Verdict:
@@ -276,14 +296,15 @@ def _check_door(state: HouseState, variant: Variant, verb: str, place: str) -> V
     fits: bool | None = condition == {"open": "closed", "close": "open"}[verb]
     if condition == "unseen" and verb == "open":
         fits = may_be_closed(type_of(place), variant)
-    return Verdict(every(reach, fits), (_at(state, place, reach), f"{place} {condition}"))
+    return Verdict.of(_at(state, place, reach), (f"{place} {condition}", fits))
 
 
 def _check_take(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
     reach, there = _reach(state, place, variant), _item_in(state, item, place, variant)
-    facts = (_at(state, place, reach), _hold(state), _line(state, place), _presence(item, there))
     loose = type_of(item) in TRAITS_OF["pickupable"] or _unknown_type(item, variant)
-    return Verdict(every(reach, _visible(state, place, variant), there, state.hold == "nothing", loose), facts)
+    line = (_line(state, place), _visible(state, place, variant))
+    found = (_presence(item, there), every(there, loose))
+    return Verdict.of(_at(state, place, reach), _holds(state, "nothing"), line, found)
 
 
 def _unknown_type(item: str, variant: Variant) -> bool | None:
@@ -314,9 +335,9 @@ def _fits(item: str, place: str, variant: Variant) -> bool | None:
 def _check_move(state: HouseState, variant: Variant, verb: str, item: str, place: str) -> Verdict:
     reach, fits = _reach(state, place, variant), _fits(item, place, variant)
     word = {True: "fits", False: "unfit", None: "maybe"}[fits]
-    fit = f"{type_of(item)} {word} {type_of(place)}"
-    facts = (_at(state, place, reach), _hold(state), fit, _line(state, place))
-    return Verdict(every(reach, _visible(state, place, variant), name_of(state.hold) == item, fits), facts)
+    fit = (f"{type_of(item)} {word} {type_of(place)}", fits)
+    line = (_line(state, place), _visible(state, place, variant))
+    return Verdict.of(_at(state, place, reach), _holds(state, item), fit, line)
 
 
 _TRAIT = {"heat": "heatable", "cool": "coolable", "clean": "cleanable"}
@@ -328,29 +349,29 @@ def _check_treat(state: HouseState, variant: Variant, verb: str, item: str, plac
     if verb == "clean" and _doubtful(place, variant) and type_of(item) in TRAITS_OF["cleanable"]:
         suits = None
     word = "can" if suits else "cannot"
-    facts = (_at(state, place, reach), _hold(state), f"{type_of(item)} {word} {verb} {type_of(place)}")
-    return Verdict(every(reach, suits, name_of(state.hold) == item), facts)
+    suit = (f"{type_of(item)} {word} {verb} {type_of(place)}", suits)
+    return Verdict.of(_at(state, place, reach), _holds(state, item), suit)
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #493facbb
 def _check_slice(state: HouseState, variant: Variant, verb: str, item: str, knife: str) -> Verdict:
     there = _item_near(state, item, variant)
-    facts = (f"at {state.at}", _hold(state), _presence(item, there))
-    sharp = type_of(knife) in ("knife", "butterknife") and name_of(state.hold) == knife
-    ok = every(sharp, type_of(item) in TRAITS_OF["sliceable"], None if variant.irregular else there)
-    return Verdict(ok, facts)
+    held, mine = _holds(state, knife)
+    sharp = mine and type_of(knife) in ("knife", "butterknife")
+    cut = every(type_of(item) in TRAITS_OF["sliceable"], None if variant.irregular else there)
+    return Verdict.of((f"at {state.at}", True), (held, sharp), (_presence(item, there), cut))
 
 
 def _check_use(state: HouseState, variant: Variant, verb: str, item: str) -> Verdict:
     there = _item_near(state, item, variant)
     switch = type_of(item) in TRAITS_OF["toggleable"] or _unknown_type(item, variant)
-    return Verdict(every(switch, there), (f"at {_line(state, state.at)}", _presence(item, there)))
+    return Verdict.of((f"at {_line(state, state.at)}", True), (_presence(item, there), every(switch, there)))
 
 
 def _check_examine(state: HouseState, variant: Variant, verb: str, name: str) -> Verdict:
     if name in state.receptacles:
         reach = _reach(state, name, variant)
-        return Verdict(reach, (_at(state, name, reach), f"{name} {_condition(state, name)}"))
-    return Verdict(name_of(state.hold) == name, (_hold(state), _presence(name, _there(state, name, state.at))))
+        return Verdict.of(_at(state, name, reach), (f"{name} {_condition(state, name)}", True))
+    return Verdict.of(_holds(state, name))
 
 
 _CHECKS: dict[str, Callable[..., Verdict]] = {"go": _check_go, "open": _check_door, "close": _check_door}
@@ -425,23 +446,27 @@ def goal_trace(
     """The goal, the facts that decide it, and whether it holds."""
     verb, names = read_command(action, variant.style)
     if goal.lamp and verb in ("go", "take", "use"):
-        lamps = [i for i in within_reach(after) if type_of(i) == goal.lamp]
-        facts = [_hold(after), " and ".join(lamps) or "no lamp"]
+        checks: list[Check]
+        lamps, held = [i for i in within_reach(after) if type_of(i) == goal.lamp], type_of(after.hold)
+        thing = f"hold {name_of(after.hold)}; {_is(held, goal.item)}"
+        checks = [(thing, held == goal.item), (" and ".join(lamps) or "no lamp", True)]
     elif goal.place and verb == "move":
-        facts = _delivery(after.receptacles.get(names[1], Receptacle()).contents or (), names[0], names[1], goal)
+        checks = _delivery(after.receptacles.get(names[1], Receptacle()).contents or (), names[0], names[1], goal)
     else:
         return []
-    return [f"goal {goal.text()}", *facts, "done" if goal_holds(after, goal) else "not yet"]
+    return [f"goal {goal.text()}", *until_failed(checks), "done" if goal_holds(after, goal) else "not yet"]
 
 # %% ../../nbs/environments/11c_household_rules.ipynb #35521306
-def _delivery(contents: tuple[str, ...], item: str, place: str, goal: HouseGoal) -> list[str]:
-    """Each condition on its own: the thing, its property, the place, and what else is there."""
+def _delivery(contents: tuple[str, ...], item: str, place: str, goal: HouseGoal) -> list[Check]:
+    """The thing, its property, the place, and what else is there."""
     moved = next((i for i in contents if name_of(i) == item), item)
     others = [name_of(i) for i in contents if _fits_goal(i, goal) and name_of(i) != item]
-    facts = [moved, _is(type_of(item), goal.item)]
-    facts += [f"{'is' if goal.prop in moved.split(' ') else 'not'} {goal.prop}"] if goal.prop else []
-    more = [f"with {' and '.join(others)}" if others else "alone"] if goal.count > 1 else []
-    return [*facts, _is(type_of(place), goal.place), *more]
+    treated = goal.prop in moved.split(" ")
+    checks: list[Check] = [(moved, True), (_is(type_of(item), goal.item), type_of(item) == goal.item)]
+    checks += [(f"{'is' if treated else 'not'} {goal.prop}", treated)] if goal.prop else []
+    checks += [(_is(type_of(place), goal.place), type_of(place) == goal.place)]
+    more = f"with {' and '.join(others)}" if others else "alone"
+    return [*checks, (more, bool(others))] if goal.count > 1 else checks
 
 
 def _is(actual: str, wanted: str) -> str:

@@ -33,7 +33,7 @@ from ..utils.tracking import RunDir, truncate_file
 from . import checkpoints, scale
 from .advantages import Estimator
 from .baselines import rft_update
-from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
+from .checkpoints import load_policy, manifest_name, newest_checkpoint, read_manifest, save_checkpoint
 from .fidelity import on_policy
 from .fine_tuning import own_copy, refresh_by
 from .grpo import GRPOSettings, grpo_update, make_group_batch
@@ -46,9 +46,9 @@ from .scale import autocast, from_main, gather_weights, is_main, lora_layers, sh
 # %% auto #0
 __all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
            'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm',
-           'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'run_iteration',
-           'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'update_policy',
-           'kl_terms', 'learn_ppo', 'learn_in_groups', 'over_ranks', 'validate', 'measure_dream', 'write_iteration',
+           'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'best_dream',
+           'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts',
+           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'measure_dream', 'write_iteration',
            'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
@@ -296,17 +296,29 @@ def load_arm(
 
 def continue_dream(
     loop: ArmLoop,  # changed in place
-) -> dict[str, torch.Tensor]:  # state of the optimiser
-    """Puts an s2r arm where the dream arm ended. Raises CheckpointError if that is not finished."""
-    dream, training = loop.run.path.parent / "dream" / "checkpoints", loop.config.training
-    found = newest_checkpoint(dream)
-    if found is None or found[1]["iteration"] < training.num_iterations:
-        raise CheckpointError(f"s2r continues the dream arm, which is not finished in {str(dream)!r}; train it first")
-    state = load_arm(loop, *found, optimizer=training.s2r_optimizer == "keep")
-    loop.best = {"iteration": loop.iteration, "success": -1.0}
-    if training.s2r_optimizer == "reset":
+) -> dict[str, torch.Tensor]:  # state of the optimiser; empty: a new one
+    """Puts an s2r arm where the dream arm was best. Raises CheckpointError if that is not finished."""
+    training, found = loop.config.training, best_dream(loop)
+    keep, state = bool(found) and training.s2r_optimizer == "keep", dict[str, torch.Tensor]()
+    if found:
+        state = load_arm(loop, *found, optimizer=keep)
+    loop.iteration, loop.best = training.num_iterations, {"iteration": training.num_iterations, "success": -1.0}
+    if not keep:
         loop.fresh_from = loop.iteration
     return state
+
+
+def best_dream(
+    loop: ArmLoop,  # of s2r
+) -> tuple[Path, dict[str, Any]] | None:  # manifest and its content; None: the clone, no iteration was better
+    """The best checkpoint of the dream arm. Raises CheckpointError if that is not finished."""
+    folder = loop.run.path.parent / "dream" / "checkpoints"
+    found = newest_checkpoint(folder)
+    if found is None or found[1]["iteration"] < loop.config.training.num_iterations:
+        raise CheckpointError(f"s2r continues the dream arm, which is not finished in {str(folder)!r}; train it first")
+    number, spent = found[1]["best"]["iteration"], {"real_transitions": found[1]["real_transitions"]}
+    manifest = folder / manifest_name(number)
+    return (manifest, read_manifest(manifest) | spent) if number else None
 
 # %% ../../nbs/training/36a_arms.ipynb #b98119c1
 def run_iteration(
@@ -426,7 +438,7 @@ def update_policy(
         metrics = rft_update(bare(loop.policy), loop.optimizer, usable, rl.epochs, rl.minibatch, seed)
     else:
         learn = learn_ppo if rl.algorithm == "ppo" else learn_in_groups
-        metrics = over_ranks(learn(loop, share_of(usable, loop.accelerator)), loop.accelerator)
+        metrics = scale.over_ranks(learn(loop, share_of(usable, loop.accelerator)), loop.accelerator)
     loop.policy.eval()
     if scale.is_spread(loop.accelerator):
         gather_weights(loop.policy, loop.twin)
@@ -468,22 +480,6 @@ def learn_in_groups(
     longest = loop.ready.env.max_turns * loop.config.policy_model.max_new_tokens
     settings = GRPOSettings.from_config(rl, kl_coef=in_loss, aggregation=rl.loss_aggregation, max_tokens=longest)
     return grpo_update(loop.policy, loop.optimizer, batch, settings, loop.accelerator, loop.guard)
-
-# %% ../../nbs/training/36a_arms.ipynb #b495bcc6
-def over_ranks(
-    metrics: dict[str, float],
-    accelerator: Any,  # None: one process
-) -> dict[str, float]:
-    """Metrics of all ranks together."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return metrics
-    rows = metrics["policy/rows"]
-    local = {"policy/rows": rows, "policy/row_breaks": metrics["policy/row_breaks"]}
-    local["policy/flat_groups"] = metrics.get("policy/flat_groups", 0.0) * rows
-    total = accelerator.reduce(torch.tensor([*local.values()], device=accelerator.device), "sum").tolist()
-    summed = dict(zip(local, total, strict=True))
-    summed["policy/flat_groups"] /= max(summed["policy/rows"], 1.0)
-    return metrics | {name: value for name, value in summed.items() if name in metrics}
 
 # %% ../../nbs/training/36a_arms.ipynb #f2217c11
 def validate(
@@ -585,6 +581,7 @@ def best_policy(
     number = loop.best["iteration"]
     if number == 0:
         return loop.ready.policy
-    inherited = loop.arm == "s2r" and number == loop.config.training.num_iterations
-    folder = loop.run.path.parent / "dream" / "checkpoints" if inherited else loop.checkpoints
-    return load_policy(folder / manifest_name(number), loop.device)
+    if loop.arm == "s2r" and number == loop.config.training.num_iterations:
+        found = best_dream(loop)
+        return load_policy(found[0], loop.device) if found else loop.ready.policy
+    return load_policy(loop.checkpoints / manifest_name(number), loop.device)

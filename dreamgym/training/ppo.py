@@ -394,7 +394,7 @@ def drift(
     """Distance between behaviour and current policy at each token."""
     ratio = log_ratio.exp()
     return {
-        "policy/kl_old": ratio - 1 - log_ratio,
+        "policy/kl_old": (ratio - 1 - log_ratio).clamp(max=10),  # k3; one token alone must not end an update
         "policy/ratio": ratio,
         "policy/clip_fraction": ((ratio - 1).abs() > clip).float(),
         "policy/logprob_change": log_ratio.abs(),

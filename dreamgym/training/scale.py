@@ -27,9 +27,9 @@ from .policy import Policy
 # %% auto #0
 __all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'asked_for',
            'check_engine', 'check_zero', 'make_accelerator', 'set_up_zero', 'spread_on_cpu', 'zero_on_cpu', 'is_zero',
-           'autocast', 'is_main', 'from_main', 'leave', 'share_of', 'is_spread', 'gathered', 'spread_like', 'spread',
-           'gather_weights', 'micro_batch', 'zero_step', 'left_out', 'zero_optimizer', 'whole_state', 'from_pieces',
-           'to_piece', 'restore_zero', 'state_is_spread', 'make_generator']
+           'autocast', 'is_main', 'from_main', 'leave', 'share_of', 'over_ranks', 'is_spread', 'gathered',
+           'spread_like', 'spread', 'gather_weights', 'micro_batch', 'zero_step', 'left_out', 'zero_optimizer',
+           'whole_state', 'from_pieces', 'to_piece', 'restore_zero', 'state_is_spread', 'make_generator']
 
 # %% ../../nbs/training/30a_scale.ipynb #2d3d3693
 def add_lora(
@@ -261,6 +261,22 @@ def share_of(
         groups.setdefault((trajectory.source, trajectory.group), []).append(trajectory)
     mine = list(groups.values())[accelerator.process_index :: accelerator.num_processes]
     return [trajectory for group in mine for trajectory in group]
+
+# %% ../../nbs/training/30a_scale.ipynb #916fe545
+def over_ranks(
+    metrics: dict[str, float],
+    accelerator: Any,  # None: one process
+) -> dict[str, float]:
+    """Metrics of all ranks together."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return metrics
+    rows = metrics["policy/rows"]
+    local = {"policy/rows": rows, "policy/row_breaks": metrics["policy/row_breaks"]}
+    local["policy/flat_groups"] = metrics.get("policy/flat_groups", 0.0) * rows
+    total = accelerator.reduce(torch.tensor([*local.values()], device=accelerator.device), "sum").tolist()
+    summed = dict(zip(local, total, strict=True))
+    summed["policy/flat_groups"] /= max(summed["policy/rows"], 1.0)
+    return metrics | {name: value for name, value in summed.items() if name in metrics}
 
 # %% ../../nbs/training/30a_scale.ipynb #5c9a2c33
 def is_spread(accelerator: Any) -> bool:

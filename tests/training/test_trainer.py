@@ -13,6 +13,7 @@ from dreamgym.core.config import load_config
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.language_model import LanguageModel, build_model
 from dreamgym.models.reasoning_model import Query
+from dreamgym.training import arms
 from dreamgym.training.checkpoints import load_policy, newest_checkpoint
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, run_iteration, start_arm_loop
@@ -174,16 +175,26 @@ def test_the_real_budget_is_never_exceeded(real, s2r, whole, tmp_path):
     assert 100 - 30 < rows[-1]["rollout/real_transitions"] <= 100 and "eval/success" in rows[-1]
 
 
-@pytest.mark.parametrize("kept", ["keep", "reset"])
-def test_s2r_keeps_or_resets_optimiser_and_critic(kept, whole, tmp_path):
+@pytest.mark.parametrize(("best", "kept"), [(1, "keep"), (2, "keep"), (1, "reset"), (0, "keep")])
+def test_s2r_starts_where_the_dream_was_best(best, kept, whole, tmp_path, monkeypatch):
+    def judged(loop, row):
+        row |= {"eval/success": float(loop.iteration == best), "eval/n": 1}
+        if loop.iteration == best:
+            loop.best = {"iteration": best, "success": 1.0}
+
+    monkeypatch.setattr(arms, "validate", judged)
     shutil.copytree(whole / "prepared", tmp_path / "run" / "prepared")
-    t = trainer(tmp_path / "run", training__s2r_optimizer=kept, rl__invalid_action_penalty=0.1)
+    more = {"training__eval_every": 1, "training__s2r_optimizer": kept, "rl__invalid_action_penalty": 0.1}
+    t = trainer(tmp_path / "run", **more)
     t.fit(t.prepare(), "dream")
     with RunDir(tmp_path / "run" / "s2r") as run:
         loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)
-        assert bool(loop.optimizer.state) == (kept == "keep") == bool(loop.policy.value.weight.any())
-        dreamt = weights(tmp_path / "run" / "dream")
-        assert all(torch.equal(p, dreamt[f"model.{n}"]) for n, p in loop.policy.model.state_dict().items())
+        assert bool(loop.optimizer.state) == (kept == "keep" and best > 0) == bool(loop.policy.value.weight.any())
+        assert (loop.iteration, loop.fresh_from) == (2, 0 if loop.optimizer.state else 2) and loop.where == "real"
+        folder = tmp_path / "run" / ("dream/checkpoints" if best else "prepared")
+        start = load_policy(folder / f"policy_iter_{best:04d}.json").state_dict()
+        for policy in (loop.policy, arms.best_policy(loop)):
+            assert all(torch.equal(p, start[f"model.{n}"]) for n, p in policy.model.state_dict().items())
 
 
 def test_runs_at_the_same_time_share_what_one_of_them_prepares(whole, tmp_path):

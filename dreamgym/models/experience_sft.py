@@ -128,15 +128,16 @@ def balanced_rows(
 def transition_kinds(
     experiences: Sequence[Experience],
     mapper: StateMapper,
-) -> list[tuple[str, str]]:  # such as ('take', 'failed'); a word that never worked is no verb
-    """Verb and outcome of each transition."""
+) -> list[tuple[str, str, int]]:  # such as ('take', 'failed', 3); a word that never worked is no verb
+    """Verb, outcome and number of reasons of each transition."""
     failed = [mapper.merge(e.state, f"fail {e.action}") == e.next_state for e in experiences]
     outcomes = [
         "rewarded" if e.reward > 0 else "failed" if f else "worked" for e, f in zip(experiences, failed, strict=True)
     ]
     words = [verb_of(e.action) for e in experiences]
     verbs = {word for word, lost in zip(words, failed, strict=True) if not lost}
-    return [(word if word in verbs else "", outcome) for word, outcome in zip(words, outcomes, strict=True)]
+    reasons = [e.reasoning.count(";") for e in experiences]
+    return [(w if w in verbs else "", o, n) for w, o, n in zip(words, outcomes, reasons, strict=True)]
 
 
 def verb_of(

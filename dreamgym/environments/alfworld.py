@@ -435,7 +435,6 @@ def build(
         expert=explorer,
         vary=None if games else vary,
         feasible=None if games else feasible,
-        noise_by_verb=True,
         info=info | {"max_turns": max_turns},
         **tools,
     )

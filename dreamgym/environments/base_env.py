@@ -57,9 +57,6 @@ class Environment:
     determined: Callable[[Experience], bool] | None = None  # whether what is known fixes the next state word for word
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
     max_slots: int = 128  # most episodes at a time; few where each needs a browser
-    noise_by_verb: bool = (
-        False  # recorded noise draws a verb first, so that rare actions are tried as often as common ones
-    )
 
 # %% ../../nbs/environments/10_base_env.ipynb #efa3cb82
 BUILDERS = {

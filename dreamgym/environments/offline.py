@@ -107,28 +107,19 @@ class _Recorder:
 
     def __init__(self, env: Environment, behaviour: Behaviour, seed: int):
         self.env, self.behaviour, self.seed = env, behaviour, seed
-        self.random, self.elsewhere = random.Random(f"{behaviour}{seed}"), {"look": ["look"]}  # by verb
+        self.random, self.elsewhere = random.Random(f"{behaviour}{seed}"), ["look"]
 
     def act(self, batch, slot: int, task: Task, result: StepResult, rows: list[Experience]) -> tuple[str, str]:
         possible = result.admissible_actions or ["look"]
         if self.random.random() < 0.2:  # remember a few actions that were possible somewhere
-            action = self.pick(possible)
-            verb = action.split()[0] if self.env.noise_by_verb else "look"
-            self.elsewhere[verb] = [*self.elsewhere.get(verb, [])[-2000:], action]
+            self.elsewhere = [*self.elsewhere[-2000:], self.random.choice(possible)]
         if self.random.random() >= self.behaviour.noise:
             assert self.env.expert is not None
             return self.env.expert(batch, slot, self.seed), "expert"
-        action, elsewhere = self.pick(possible), self.elsewhere[self.random.choice(list(self.elsewhere))]
+        action, pools = self.random.choice(possible), [[row.action for row in rows] or self.elsewhere, self.elsewhere]
         if self.random.random() < self.behaviour.near_miss:
-            pool = self.random.choice([[row.action for row in rows] or elsewhere, elsewhere])
-            action = near_miss(self.pick(pool), action, self.random.choice([0, 1, 2]))
+            action = near_miss(self.random.choice(self.random.choice(pools)), action, self.random.choice([0, 1, 2]))
         return action, "random" if self.behaviour.noise == 1 else "noise"
-
-    def pick(self, actions: Sequence[str]) -> str:
-        if self.env.noise_by_verb:
-            verb = self.random.choice(sorted({action.split()[0] for action in actions}))
-            actions = [action for action in actions if action.split()[0] == verb]
-        return self.random.choice(actions)
 
     def row(self, task: Task, before: StepResult, action: str, who: str, result: StepResult, turn: int) -> Experience:
         step = Transition(

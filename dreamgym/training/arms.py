@@ -293,7 +293,7 @@ def load_arm(
     loop.curriculum.load_state_dict(loop.known)
     return load_file(folder / "optimizer.safetensors") if optimizer else {}
 
-
+# %% ../../nbs/training/36a_arms.ipynb #e9c627a7
 def continue_dream(
     loop: ArmLoop,  # changed in place
 ) -> dict[str, torch.Tensor]:  # state of the optimiser; empty: a new one

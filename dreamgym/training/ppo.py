@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
@@ -23,11 +24,11 @@ from .policy import Policy, TokenScores
 from .scale import gathered, is_zero, micro_batch, zero_step
 
 # %% auto #0
-__all__ = ['Loss', 'Share', 'TokenRow', 'pack_turns', 'collate', 'micro_batches', 'even_out', 'TokenBatch', 'bare', 'dropout_off',
-           'without_gradients', 'score_rows', 'adapters_off', 'reference_scores', 'kl_k1', 'kl_k3', 'Credit', 'collect',
-           'bootstrap_values', 'explained_variance', 'make_batch', 'UpdateSettings', 'PPOSettings', 'ppo_loss', 'drift',
-           'minibatches', 'all_minibatches', 'token_share', 'accumulate', 'token_means', 'FiniteGuard', 'take_step',
-           'optimise', 'StepMeans', 'ppo_update']
+__all__ = ['Loss', 'Share', 'RECENT', 'TokenRow', 'pack_turns', 'collate', 'micro_batches', 'even_out', 'TokenBatch', 'bare',
+           'dropout_off', 'without_gradients', 'score_rows', 'adapters_off', 'reference_scores', 'kl_k1', 'kl_k3',
+           'Credit', 'collect', 'bootstrap_values', 'explained_variance', 'make_batch', 'UpdateSettings', 'PPOSettings',
+           'ppo_loss', 'drift', 'minibatches', 'all_minibatches', 'token_share', 'accumulate', 'token_means',
+           'FiniteGuard', 'take_step', 'optimise', 'StepMeans', 'ppo_update']
 
 # %% ../../nbs/training/33_ppo.ipynb #3b8191d7
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ class UpdateSettings:
     clip: float = 0.2  # epsilon
     kl_coef: float = 0.005  # weight of k3 to the reference in the loss
     entropy_coef: float = 0.0
-    kl_stop: float = 0.05  # nats per token between behaviour and current policy; ends the update
+    kl_stop: float = 0.05  # nats per token between behaviour and current policy, lately; ends the update
     max_grad_norm: float = 1.0
     temperature: float = 1.0  # of sampling
 
@@ -514,6 +515,9 @@ def take_step(
     return norm
 
 # %% ../../nbs/training/33_ppo.ipynb #7012d84f
+RECENT = 4  # steps whose mean KL is held against `kl_stop`
+
+
 def optimise(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -526,11 +530,12 @@ def optimise(
     frozen: nn.Module | None = None,  # part of the policy that must not move
 ) -> dict[str, float]:  # means over tokens, keys 'policy/…' and 'value/…'
     """All optimiser steps of one update."""
-    guard, seen = guard or FiniteGuard(), StepMeans()
+    guard, seen, lately = guard or FiniteGuard(), StepMeans(), deque[float](maxlen=RECENT)
     with dropout_off(policy), without_gradients(frozen if accelerator is None else None):
         for chosen in all_minibatches(batch, settings, accelerator):
             found = accumulate(policy, batch.take(chosen), loss, share, settings, accelerator)
-            if found["policy/kl_old"] > settings.kl_stop:
+            lately.append(found["policy/kl_old"])
+            if sum(lately) / len(lately) > settings.kl_stop:
                 seen.add(found, "policy/kl_stops")
                 break
             finite = all(map(math.isfinite, found.values()))

@@ -59,6 +59,39 @@ def test_traces_end_with_what_happened(kind, games_of, walk):
     assert wrong <= (0 if kind == "small" else 0.002 * count)
 
 
+HOT = """task: put a hot apple in fridge.
+at: microwave 1
+hold: apple 2 hot
+fridge 1: closed ?
+unseen: countertop 1
+microwave 1: open, nothing
+last: ok"""
+
+
+@pytest.mark.parametrize(
+    ("action", "trace"),
+    [
+        ("heat apple 1 with microwave 1", "at microwave 1; hold apple 2 not apple 1; fail"),
+        ("move apple 2 to fridge 1", "at microwave 1 not fridge 1; fail"),
+        ("take apple 1 from microwave 1", "at microwave 1; hold apple 2 not nothing; fail"),
+        ("go to sofa 1", "at microwave 1; sofa 1 missing; fail"),
+        (
+            "move apple 2 to microwave 1",
+            "at microwave 1; hold apple 2; apple fits microwave; microwave 1 open, nothing; ok; goal hot apple in fridge; "
+            "apple 2 hot; apple is apple; is hot; microwave not fridge; not yet",
+        ),
+    ],
+)
+def test_a_trace_ends_at_the_first_condition_that_fails(action, trace):
+    after = HOT.replace("last: ok", f"last: fail {action}")
+    if trace.endswith("not yet"):
+        after = HOT.replace("hold: apple 2 hot", "hold: nothing").replace("open, nothing", "open, apple 2 hot")
+    assert reasoning_trace(HOT, action, after) == trace
+    wrong = HOT.replace("apple 2 hot", "mug 2 hot")
+    put = wrong.replace("hold: mug 2 hot", "hold: nothing").replace("open, nothing", "open, mug 2 hot")
+    assert reasoning_trace(wrong, "move mug 2 to microwave 1", put).endswith("mug 2 hot; mug not apple; not yet")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_determined_steps_are_what_the_rules_expect(kind, games_of, walk):
     variant, mapper, determined, count = VARIANTS[kind], HouseholdMapper(VARIANTS[kind]), 0, 0

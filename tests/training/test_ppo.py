@@ -14,6 +14,7 @@ from dreamgym.core.errors import ConfigError, DreamGymError
 from dreamgym.core.generators import SamplingParams, TransformersGenerator
 from dreamgym.environments.base_env import CountingEnv
 from dreamgym.training.policy import TokenScores, TurnCodec
+from dreamgym.training import ppo
 from dreamgym.training.ppo import (
     FiniteGuard,
     PPOSettings,
@@ -422,6 +423,17 @@ def test_a_warm_up_of_the_critic_moves_its_head_only(policy):
     ppo_update(policy, optimizer, batch, replace(PLAIN, values_only=True))
     assert all(torch.equal(a, b) for a, b in zip(trunk, policy.model.parameters(), strict=True))
     assert not torch.equal(head, policy.value.weight)
+
+
+def test_one_minibatch_far_from_the_rest_does_not_end_an_update(policy, monkeypatch):
+    """Only a mean over several steps does; a single token counts at most ten."""
+    batch, optimizer = make_batch(mixed(policy), policy), torch.optim.SGD(policy.parameters(), lr=0.0)
+    seen = iter([0.01, 0.15, 0.01, 0.01, 0.3, 0.3] + [0.0] * 99)
+    real = ppo.accumulate
+    monkeypatch.setattr(ppo, "accumulate", lambda *args: real(*args) | {"policy/kl_old": next(seen)})
+    metrics = ppo_update(policy, optimizer, batch, replace(PLAIN, epochs=9, minibatch=len(batch.rows), kl_stop=0.1))
+    assert metrics["policy/updates"] == 4 and metrics["policy/kl_stops"] == 1
+    assert ppo.drift(torch.tensor([15.0]), 0.2)["policy/kl_old"].item() == 10
 
 
 def test_kl_stop_is_checked_before_each_minibatch(policy):

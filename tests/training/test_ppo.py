@@ -13,8 +13,8 @@ from dreamgym.core.data_structures import Task, Turn
 from dreamgym.core.errors import ConfigError, DreamGymError
 from dreamgym.core.generators import SamplingParams, TransformersGenerator
 from dreamgym.environments.base_env import CountingEnv
-from dreamgym.training.policy import TokenScores, TurnCodec
 from dreamgym.training import ppo
+from dreamgym.training.policy import TokenScores, TurnCodec
 from dreamgym.training.ppo import (
     FiniteGuard,
     PPOSettings,

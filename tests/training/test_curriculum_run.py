@@ -15,6 +15,7 @@ from dreamgym.core.errors import ConfigError
 from dreamgym.environments.base_env import make_environment
 from dreamgym.training import arms
 from dreamgym.training.arms import dreams_of_success, play_iteration, run_iteration, start_arm_loop
+from dreamgym.training.checkpoints import newest_checkpoint
 from dreamgym.training.preparation import check_curriculum
 from dreamgym.utils.tracking import RunDir
 
@@ -94,8 +95,10 @@ def test_continued_with_a_curriculum_is_the_same_run(stop, grown, whole, tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-def test_s2r_goes_on_with_the_curriculum_and_plays_seed_tasks_only(grown, tmp_path):
+def test_s2r_goes_on_with_the_curriculum_and_plays_seed_tasks_only(grown, tmp_path, monkeypatch):
     shutil.copytree(grown, tmp_path / "run")
+    last = newest_checkpoint(tmp_path / "run" / "dream" / "checkpoints")
+    monkeypatch.setattr(arms, "best_dream", lambda loop: last)
     t = trainer(tmp_path / "run", **ON)
     with RunDir(tmp_path / "run" / "s2r") as run:
         loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)

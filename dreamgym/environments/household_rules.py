@@ -445,8 +445,8 @@ def goal_trace(
 ) -> list[str]:  # empty where the action cannot reach the goal
     """The goal, the facts that decide it, and whether it holds."""
     verb, names = read_command(action, variant.style)
+    checks: list[Check]
     if goal.lamp and verb in ("go", "take", "use"):
-        checks: list[Check]
         lamps, held = [i for i in within_reach(after) if type_of(i) == goal.lamp], type_of(after.hold)
         thing = f"hold {name_of(after.hold)}; {_is(held, goal.item)}"
         checks = [(thing, held == goal.item), (" and ".join(lamps) or "no lamp", True)]

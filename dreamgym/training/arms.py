@@ -46,7 +46,7 @@ from .scale import autocast, from_main, gather_weights, is_main, lora_layers, sh
 # %% auto #0
 __all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
            'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm',
-           'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'best_dream',
+           'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'finished_dream',
            'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts',
            'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'measure_dream', 'write_iteration',
            'log_row', 'save_arm', 'save_stopped', 'best_policy']
@@ -298,27 +298,28 @@ def continue_dream(
     loop: ArmLoop,  # changed in place
 ) -> dict[str, torch.Tensor]:  # state of the optimiser; empty: a new one
     """Puts an s2r arm where the dream arm was best. Raises CheckpointError if that is not finished."""
-    training, found = loop.config.training, best_dream(loop)
-    keep, state = bool(found) and training.s2r_optimizer == "keep", dict[str, torch.Tensor]()
-    if found:
-        state = load_arm(loop, *found, optimizer=keep)
+    training, (folder, last) = loop.config.training, finished_dream(loop)
+    number, state = last["best"]["iteration"], dict[str, torch.Tensor]()  # 0: the clone, no iteration was better
+    keep = number > 0 and training.s2r_optimizer == "keep"
+    if number:
+        manifest = folder / manifest_name(number)
+        state = load_arm(loop, manifest, read_manifest(manifest), optimizer=keep)
     loop.iteration, loop.best = training.num_iterations, {"iteration": training.num_iterations, "success": -1.0}
+    loop.real_transitions = last["real_transitions"]  # what the dream arm took in later iterations was taken too
     if not keep:
         loop.fresh_from = loop.iteration
     return state
 
 
-def best_dream(
+def finished_dream(
     loop: ArmLoop,  # of s2r
-) -> tuple[Path, dict[str, Any]] | None:  # manifest and its content; None: the clone, no iteration was better
-    """The best checkpoint of the dream arm. Raises CheckpointError if that is not finished."""
+) -> tuple[Path, dict[str, Any]]:  # folder of its checkpoints, content of the last manifest
+    """The dream arm of the same run. Raises CheckpointError if it is not finished."""
     folder = loop.run.path.parent / "dream" / "checkpoints"
     found = newest_checkpoint(folder)
     if found is None or found[1]["iteration"] < loop.config.training.num_iterations:
         raise CheckpointError(f"s2r continues the dream arm, which is not finished in {str(folder)!r}; train it first")
-    number, spent = found[1]["best"]["iteration"], {"real_transitions": found[1]["real_transitions"]}
-    manifest = folder / manifest_name(number)
-    return (manifest, read_manifest(manifest) | spent) if number else None
+    return folder, found[1]
 
 # %% ../../nbs/training/36a_arms.ipynb #b98119c1
 def run_iteration(
@@ -531,7 +532,8 @@ def write_iteration(
     if is_main(loop.accelerator):
         log_row(loop, row)
         loop.run.append("episodes.jsonl", [episode_row(t, iteration=loop.iteration) for t in trajectories[:4]])
-    if loop.iteration % loop.config.training.save_every == 0 or finished(loop):
+    due = loop.iteration % loop.config.training.save_every == 0 or loop.iteration == loop.best["iteration"]
+    if due or finished(loop):
         save_arm(loop)
 
 
@@ -578,10 +580,8 @@ def best_policy(
     loop: ArmLoop,
 ) -> Policy:
     """The policy of the best iteration on validation games; the arm's start if none was better."""
-    number = loop.best["iteration"]
-    if number == 0:
-        return loop.ready.policy
-    if loop.arm == "s2r" and number == loop.config.training.num_iterations:
-        found = best_dream(loop)
-        return load_policy(found[0], loop.device) if found else loop.ready.policy
-    return load_policy(loop.checkpoints / manifest_name(number), loop.device)
+    number, folder = loop.best["iteration"], loop.checkpoints
+    if loop.arm == "s2r" and number == loop.config.training.num_iterations:  # its start
+        folder, last = finished_dream(loop)
+        number = last["best"]["iteration"]
+    return load_policy(folder / manifest_name(number), loop.device) if number else loop.ready.policy

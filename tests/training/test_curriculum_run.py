@@ -97,8 +97,9 @@ def test_continued_with_a_curriculum_is_the_same_run(stop, grown, whole, tmp_pat
 
 def test_s2r_goes_on_with_the_curriculum_and_plays_seed_tasks_only(grown, tmp_path, monkeypatch):
     shutil.copytree(grown, tmp_path / "run")
-    last = newest_checkpoint(tmp_path / "run" / "dream" / "checkpoints")
-    monkeypatch.setattr(arms, "best_dream", lambda loop: last)
+    folder = tmp_path / "run" / "dream" / "checkpoints"
+    last = newest_checkpoint(folder)[1] | {"best": {"iteration": 2, "success": 1.0}}
+    monkeypatch.setattr(arms, "finished_dream", lambda loop: (folder, last))
     t = trainer(tmp_path / "run", **ON)
     with RunDir(tmp_path / "run" / "s2r") as run:
         loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)

@@ -197,6 +197,26 @@ def test_s2r_starts_where_the_dream_was_best(best, kept, whole, tmp_path, monkey
             assert all(torch.equal(p, start[f"model.{n}"]) for n, p in policy.model.state_dict().items())
 
 
+@pytest.mark.parametrize("best", [0, 1])
+def test_s2r_counts_all_that_the_dream_arm_took(best, whole, tmp_path, monkeypatch):
+    """Real games of iterations after the best one count too, and the best one is on disk whenever that may be."""
+
+    def judged(loop, row):
+        row |= {"eval/success": 0.0, "eval/n": 1}
+        if loop.iteration == best:
+            loop.best = {"iteration": best, "success": 1.0}
+
+    monkeypatch.setattr(arms, "validate", judged)
+    shutil.copytree(whole / "prepared", tmp_path / "run" / "prepared")
+    more = {"training__eval_every": 1, "training__save_every": 9, "buffer__synthetic_ratio": 0.5}
+    t = trainer(tmp_path / "run", **more)
+    t.fit(t.prepare(), "dream")
+    spent = metrics(tmp_path / "run" / "dream")[-1]["rollout/real_transitions"]
+    with RunDir(tmp_path / "run" / "s2r") as run:
+        loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)
+    assert loop.real_transitions == spent > 0
+
+
 def test_runs_at_the_same_time_share_what_one_of_them_prepares(whole, tmp_path):
     said = []
 

@@ -1,6 +1,7 @@
 """README.md from nbs/index.ipynb: `python .ci/readme.py` writes it, `--check` only compares. quarto is not needed.
 
-The map of notebooks in nbs/index.ipynb, between its two `map` comments, is made from the notebooks' own title cells.
+Between the comments `map` in nbs/index.ipynb stands the map of notebooks, made from their own title cells, and between the
+comments `results` what the last benchmark found, made from data/results.
 """
 
 import json
@@ -11,9 +12,11 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
+from dreamgym.training.benchmark import METHODS, read_benchmark, summarise, table_of
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-MAP = re.compile(r"(<!-- map -->\n).*?(<!-- /map -->)", re.S)
+BLOCK = re.compile(r"<!-- (map|results) -->\n.*?<!-- /\1 -->", re.S)
 
 
 def reading_order(path: Path) -> tuple:
@@ -36,22 +39,59 @@ def notebook_map() -> str:
     return "\n".join(rows)
 
 
+def interval(found: dict, scale: float = 100, form: str = "+.1f") -> str:
+    """Mean and 95 % interval, by default in points."""
+    mean, low, high = (found[key] for key in ("mean", "low", "high"))
+    return f"{scale * mean:{form}} [{scale * low:{form.lstrip('+')}}, {scale * high:{form.lstrip('+')}}]"
+
+
+def results_table() -> str:
+    """The default benchmark at temperature 1: a row for each method on the seeds that all have, then all seeds."""
+    rows = read_benchmark(ROOT / "data" / "results" / "benchmark_alfworld.json")["rows"]
+    rows = [row for row in rows if row["setting"] == "preset=cpu"]
+    by_method = [{row["seed"] for row in rows if row["method"] == name} for name in METHODS]
+    seeds = set.intersection(*filter(None, by_method))
+    summary = summarise(shared := [row for row in rows if row["seed"] in seeds])
+    lines = ["| method | success | minus cloning (points) | real transitions |", "|---|---|---|---|"]
+    names = {method.label: name for name, method in METHODS.items()}
+    for line in table_of(shared):
+        gain = summary.get(f"{names[line['method']]}_minus_bc")
+        success = interval(line | {"mean": line["success"]}, 1, ".3f")
+        lines.append(
+            f"| {line['method']} | {success} | {interval(gain) if gain else ''} | {line['real_transitions']:,.0f} |"
+        )
+    games = sorted({row["n"] for row in shared})
+    lines += [
+        "",
+        f"Seeds {min(seeds)} to {max(seeds)}, {games[0]} games each. Differences in points over all seeds, and how many:",
+        "",
+    ]
+    pairs = {"dream_minus_bc": "dream PPO − cloning", "real_minus_bc": "real PPO − cloning"}
+    pairs |= {"dream_minus_real": "dream PPO − real PPO", "s2r_minus_real": "S2R − real PPO"}
+    found = summarise(rows)
+    return "\n".join(
+        lines + [f"* {name}: {interval(found[key])}, {found[key]['seeds']}" for key, name in pairs.items()]
+    )
+
+
 def index_notebook() -> dict:
-    """nbs/index.ipynb with a fresh map."""
+    """nbs/index.ipynb with fresh tables."""
     notebook = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        if MAP.search(source):
-            table = notebook_map()
-            cell["source"] = MAP.sub(lambda m: f"{m[1]}{table}\n{m[2]}", source).splitlines(keepends=True)
+        fresh = BLOCK.sub(lambda m: f"<!-- {m[1]} -->\n{TABLES[m[1]]()}\n<!-- /{m[1]} -->", source)
+        cell["source"] = fresh.splitlines(keepends=True)
     return notebook
+
+
+TABLES = {"map": notebook_map, "results": results_table}
 
 
 def readme_text(notebook: dict) -> str:
     """The notebook as Markdown, with links that start at the project's root."""
     text, _ = MarkdownExporter().from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))
     text = re.sub(r"\]\((?![a-z]+:|#|/|\.\./)", "](nbs/", text).replace("](../", "](")
-    text = re.sub(r"<!-- /?map -->\n", "", text)
+    text = re.sub(r"<!-- /?(map|results) -->\n", "", text)
     return "<!-- Written by .ci/readme.py from nbs/index.ipynb -->\n\n" + text.strip() + "\n"
 
 

@@ -220,6 +220,9 @@ def test_no_machine_paths():
 
 def test_readme_is_in_sync():
     pytest.importorskip("nbconvert")
+    git = ["git", "-C", str(ROOT), "status", "--porcelain", "data/results/benchmark_alfworld.json"]
+    if subprocess.run(git, capture_output=True, text=True).stdout:
+        pytest.skip("data/results/benchmark_alfworld.json has changes; README.md shows the results that are committed")
     done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

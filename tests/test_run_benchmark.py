@@ -58,7 +58,7 @@ class Runner:
         names = TABLES[value["algorithm"], value["mode"]]
         seed, folder = int(value["seed"]), Path(value["out_dir"])
         (folder / "dream").mkdir(parents=True, exist_ok=True)
-        metrics = {"iteration": 2, "dream/success": 0.75, "dream/hazard": 0.01}
+        metrics = {"iteration": 2, "eval/success": 0.5, "dream/success": 0.75, "dream/hazard": 0.01}
         (folder / "dream" / "metrics.jsonl").write_text(json.dumps(metrics) + "\n" + '{"iteration": 3}\n')
         rows = [table_row(m, t, 10 + 2 * i + seed) for i, m in enumerate(names) for t in (1.0, 0.0)]
         write_json(folder / "result.json", {"rows": rows})
@@ -129,8 +129,8 @@ def test_the_hash_is_that_of_the_run_but_for_the_method():
     chosen = [f"rl.algorithm={a}" for a in ("ppo", "rft")], [f"training.mode={m}" for m in ("real", "dream")]
     for algorithm, mode in zip(*chosen, strict=True):
         config = load_config(None, "alfworld", "smoke", [algorithm, "training.seed=4", mode])
-        ignored = ("rl.algorithm", "training.mode", "training.parallel_control", "training.threads", *REPORTING)
-        assert config_hash(config, ignored) == SETTING.hash(4)
+        ignored = ("rl.algorithm", "rl.token_budget", "training.mode", "training.parallel_control", "training.threads")
+        assert config_hash(config, (*ignored, *REPORTING)) == SETTING.hash(4)
     others = [bm.Setting(preset="cpu"), bm.Setting(overrides="rl.gamma=0.5"), bm.Setting(env="webshop")]
     assert len({setting.hash(4) for setting in [SETTING, *others]}) == 4
 
@@ -145,6 +145,8 @@ def test_rows_hold_what_a_reader_needs(tmp_path):
     row = next(r for r in ledger.rows if (r["method"], r["temperature"]) == ("dream", 1.0))
     assert row["success"] == 12 / 40 and row["low"] < row["success"] < row["high"] and row["n"] == 40
     assert (row["dream_success"], row["hazard"], row["real_transitions"]) == (0.75, 0.01, 100)
+    assert row["curve"] == [{"iteration": 2, "success": 0.5, "dream_success": 0.75, "hazard": 0.01}]
+    assert not any("curve" in r for r in ledger.rows if r["temperature"] != 1.0 or r["method"] == "bc")
     assert row["split"] == SETTING.load(0).environment.eval_split and row["setting"] == "preset=smoke"
     assert row["config_hash"] == SETTING.hash(0) and row["command"].startswith("papermill nbs/run_experiment.ipynb ")
     assert isinstance(row["seconds"], float) and isinstance(row["commit"], str)
@@ -310,7 +312,7 @@ def test_interquartile_mean_over_types_and_seeds():
 def test_the_table_has_a_line_for_each_method(tmp_path):
     ledger = run(tmp_path, ["bc", "dream", "rft"], [0, 1], Runner())
     table = bm.table_of(ledger.rows)
-    assert [line["method"] for line in table] == ["behaviour cloning", "real RL", "dream RL", "expert iteration"]
+    assert [line["method"] for line in table] == ["behaviour cloning", "real PPO", "dream PPO", "expert iteration"]
     assert table[2]["hazard"] == pytest.approx(0.01) and table[0]["hazard"] is None and table[0]["seeds"] == 2
 
 
@@ -333,6 +335,6 @@ def test_the_notebook_tabulates_what_is_there(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     shown = json.dumps(json.loads((tmp_path / "o.ipynb").read_text(encoding="utf-8")), ensure_ascii=False)
     assert "Nothing is missing." in shown and "No run failed." in shown
-    assert "dream RL − behaviour cloning: +5.0 points [+5.0, +5.0], 2 seeds" in shown
+    assert "dream PPO − behaviour cloning: +5.0 points [+5.0, +5.0], 2 seeds" in shown
     assert (out / "figures" / "success.png").stat().st_size < 50_000
     assert file.read_text() == before

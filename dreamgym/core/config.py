@@ -240,7 +240,9 @@ class RLConfig(Section):
     value_warmup: int = Field(1, ge=0, description="first iterations that train the value head only [ours]")
     epochs: int = Field(2, gt=0, description="passes over each iteration's turns [ours]; 1 [verl-agent]")
     minibatch: int = Field(256, gt=0, description="turns per update [ours]")
-    token_budget: int = Field(32_768, gt=0, description="padded tokens of one forward pass on one device [ours]")
+    token_budget: int | None = Field(
+        None, gt=0, description="padded tokens of one forward pass on one device; null: what suits the device [ours]"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this [verl-agent]")
     kl_stop: float = Field(0.05, gt=0, description="stop an update above this KL to its behaviour policy (nats) [ours]")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts [verl-agent]")

@@ -17,9 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 # %% auto #0
-__all__ = ['SmallLMConfig', 'ShortConv', 'BufferedLayer', 'BufferedCache', 'rotary_angles', 'rotate', 'ClosingLinear',
-           'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained', 'part_sums', 'SmallTrunk',
-           'SmallLMForCausalLM']
+__all__ = ['SmallLMConfig', 'CausalConv', 'ShortConv', 'BufferedLayer', 'BufferedCache', 'rotary_angles', 'rotate',
+           'ClosingLinear', 'SquaredReLU', 'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained', 'part_sums',
+           'SmallTrunk', 'SmallLMForCausalLM']
 
 # %% ../../nbs/core/02a_small_lm.ipynb #50c5839d
 class SmallLMConfig(PreTrainedConfig):
@@ -49,6 +49,30 @@ class SmallLMConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 # %% ../../nbs/core/02a_small_lm.ipynb #3dc85e35
+class CausalConv(torch.autograd.Function):
+    """Depthwise causal convolution with a residual path; nothing comes before the first token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # (B, T, d), (K, d) → (B, T, d)
+        """Adds the convolution of x to x."""
+        ctx.save_for_backward(x, weight)
+        y = x * (1 + weight[0])
+        for j in range(1, min(len(weight), x.shape[1])):
+            y[:, j:] += x[:, :-j] * weight[j]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, d) → (B, T, d), (K, d)
+        """Gradients of input and weight."""
+        (x, weight), (grad,) = ctx.saved_tensors, grads
+        dx, dweight = grad * (1 + weight[0]), torch.zeros_like(weight)
+        dweight[0] = (grad * x).sum((0, 1))
+        for j in range(1, min(len(weight), x.shape[1])):
+            dx[:, :-j] += grad[:, j:] * weight[j]
+            dweight[j] = (grad[:, j:] * x[:, :-j]).sum((0, 1))
+        return dx.to(x.dtype), dweight
+
+# %% ../../nbs/core/02a_small_lm.ipynb #3adce73d
 class ShortConv(nn.Module):
     """Depthwise causal convolution with a residual path."""
 
@@ -67,10 +91,11 @@ class ShortConv(nn.Module):
         holes: Tensor | None = None,  # (B,) number of columns with padding, on the left; None: no padding
     ) -> tuple[Tensor, Tensor]:  # output (B, T, d), the new past (B, K-1, d)
         """Adds the convolution of x to x."""
-        kernel = self.weight.shape[0]
+        kernel, T = self.weight.shape[0], x.shape[1]
         if past is None:
-            padded = F.pad(x, (0, 0, kernel - 1, 0))
-        elif holes is None:
+            first = x[:, max(T - kernel + 1, 0) :]
+            return CausalConv.apply(x, self.weight), F.pad(first, (0, 0, max(kernel - 1 - T, 0), 0))
+        if holes is None:
             padded = torch.cat([past, x], 1)
         else:
             at = holes[:, None] + torch.arange(kernel - 1, device=x.device)
@@ -157,28 +182,46 @@ def rotary_angles(
     position_ids: Tensor,  # (B or 1, T)
     config: SmallLMConfig,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # cos, sin: (B or 1, 1, T, d/H/2)
+) -> tuple[Tensor, Tensor]:  # cos, sin: (B or 1, T, 1, d/H), the first half of the sine negated
     """Cosine and sine of the rotation at each position, computed in float32."""
     half = config.hidden_size // config.num_attention_heads // 2
     steps = torch.arange(half, device=position_ids.device, dtype=torch.float32)
-    angle = position_ids[:, None, :, None].float() * config.rope_theta ** (-steps / half)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = position_ids[:, :, None, None].float() * config.rope_theta ** (-steps / half)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 # %% ../../nbs/core/02a_small_lm.ipynb #0f049e54
 def rotate(
-    x: Tensor,  # (B, H, T, d/H)
-    cos: Tensor,  # (B, 1, T, d/H/2)
-    sin: Tensor,  # (B, 1, T, d/H/2)
-) -> Tensor:  # (B, H, T, d/H)
+    x: Tensor,  # (B, T, H, d/H)
+    cos: Tensor,  # (B or 1, T, 1, d/H)
+    sin: Tensor,  # (B or 1, T, 1, d/H), the first half negated
+) -> Tensor:  # (B, T, H, d/H)
     """Rotary position embedding [arXiv:2104.09864], halves convention."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
 # %% ../../nbs/core/02a_small_lm.ipynb #ebe9c6c3
 class ClosingLinear(nn.Linear):
     """Last projection of a residual branch; starts at zero."""
 
 # %% ../../nbs/core/02a_small_lm.ipynb #10a9b532
+class SquaredReLU(torch.autograd.Function):
+    """max(0, x)², elementwise; remembers max(0, x) alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The square of what is positive."""
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Gradient of the input."""
+        (positive,) = ctx.saved_tensors
+        return (grads[0] * positive).mul_(2)
+
+# %% ../../nbs/core/02a_small_lm.ipynb #2bd770f7
 class SmallLayer(nn.Module):
     """Attention and MLP, each after a norm and a short convolution."""
 
@@ -194,7 +237,7 @@ class SmallLayer(nn.Module):
     def forward(self, x, rotation, mask, keep, cache: BufferedCache | None) -> Tensor:  # arguments as below
         """(B, T, d) → (B, T, d)."""
         x = x + self._attend(self._mix(0, x, keep, cache), rotation, mask, cache)
-        return x + self.down(F.relu(self.up(self._mix(1, x, keep, cache))).square())
+        return x + self.down(SquaredReLU.apply(self.up(self._mix(1, x, keep, cache))))
 
     def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: BufferedCache | None) -> Tensor:
         x = self.norms[site](x)
@@ -207,8 +250,9 @@ class SmallLayer(nn.Module):
 
     def _attend(self, x: Tensor, rotation, mask: Tensor | None, cache: BufferedCache | None) -> Tensor:
         B, T, d = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        qk, v = self.qkv(x).split([2 * d, d], -1)
+        q, k = rotate(qk.view(B, T, 2 * self.heads, -1), *rotation).transpose(1, 2).chunk(2, 1)
+        v = v.view(B, T, self.heads, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)

@@ -82,7 +82,7 @@ def instructed_prompt(
     similar = [short_step(mapper, d.state, d.action, d.next_state) + outcome_text(d) for d in demos]
     parts = {"Task": task.instruction, "About this world": task.context}
     parts |= {"Before, oldest first": bullets(before), "Similar steps of the real environment": bullets(similar)}
-    parts |= {"State": state, "Action": action}
+    parts |= {"State": state, "Action": action or "(nothing was said)"}
     return "\n\n".join(f"{title}:\n{text}" for title, text in parts.items() if text)
 
 

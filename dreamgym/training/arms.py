@@ -547,7 +547,7 @@ def log_row(
     for tracker in loop.trackers:
         tracker.log(numbers, step=row["iteration"])
 
-
+# %% ../../nbs/training/36a_arms.ipynb #a9879fdb
 def save_arm(
     loop: ArmLoop,
 ) -> None:

@@ -31,10 +31,10 @@ from ..utils.tracking import lock_folder, read_metrics, write_json
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'MODES', 'METHODS', 'PAPER_METHODS', 'Row', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run',
-           'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'dream_numbers',
-           'rows_of', 'over_seeds', 'over_types', 'summarise', 'against_real', 'difference', 'commit_of', 'Ledger',
-           'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
+__all__ = ['log', 'MODES', 'METHODS', 'PAPER_METHODS', 'Row', 'CURVE', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run',
+           'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'learning_curve',
+           'rows_of', 'mean_of', 'over_seeds', 'over_types', 'summarise', 'against_real', 'difference', 'curves_of',
+           'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ MODES = ("real", "dream", "s2r")  # cheapest first; each trains what the ones be
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "bc": Method("behaviour cloning", "", "behaviour cloning", ("real", "dream", "s2r")),
-        "real": Method("real RL", "ppo", "real RL", ("real", "dream", "s2r")),
-        "dream": Method("dream RL", "ppo", "dream RL", ("dream", "s2r")),
+        "real": Method("real PPO", "ppo", "real RL", ("real", "dream", "s2r")),
+        "dream": Method("dream PPO", "ppo", "dream RL", ("dream", "s2r")),
         "s2r": Method("S2R", "ppo", "s2r RL", ("s2r",)),
         "grpo": Method("real GRPO", "grpo", "real RL", ("real", "dream", "s2r")),
         "grpo-dream": Method("dream GRPO", "grpo", "dream RL", ("dream", "s2r")),
@@ -115,7 +115,7 @@ class Setting:
 
     def hash(self, seed: int) -> str:
         """Equal for runs that differ by method only."""
-        mine = ("rl.algorithm", "training.mode", "training.parallel_control", "training.threads")
+        mine = ("rl.algorithm", "rl.token_budget", "training.mode", "training.parallel_control", "training.threads")
         return config_hash(self.load(seed), (*mine, *REPORTING))
 
 # %% ../../nbs/training/40_benchmark.ipynb #c27ab338
@@ -227,15 +227,18 @@ def execute(
         raise RunFailed(f"exit status {status}: {said or (lines or ['nothing was printed'])[-1]}")
 
 # %% ../../nbs/training/40_benchmark.ipynb #754534f4
-def dream_numbers(
+CURVE = {"success": "eval/success", "dream_success": "dream/success", "gap": "dream/gap", "hazard": "dream/hazard"}
+
+
+def learning_curve(
     folder: Path,  # of an arm
-) -> Row:  # 'dream_success' and 'hazard', None where the arm never dreamt
-    """What the arm's own dreams were like at the end."""
+) -> list[Row]:  # 'iteration' and keys of CURVE; empty where nothing was trained
+    """Success on validation games, and what the arm's own dreams were like, at each evaluation."""
     log = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    last: Row = next((row for row in reversed(log) if "dream/success" in row), {})
-    return {"dream_success": last.get("dream/success"), "hazard": last.get("dream/hazard")}
+    points = [row for row in log if "eval/success" in row]
+    return [{"iteration": p["iteration"]} | {k: p[key] for k, key in CURVE.items() if key in p} for p in points]
 
-
+# %% ../../nbs/training/40_benchmark.ipynb #a20efb35
 def rows_of(
     run: Run,
     folder: Path,  # of the finished run
@@ -249,11 +252,24 @@ def rows_of(
         if found["method"] in mine:
             columns = {key: found[key] for key in ("temperature", "n", "success", "low", "high", "by_type")}
             row = {"method": mine[found["method"]], "real_transitions": found["all real transitions"]} | columns
-            rows.append(row | dream_numbers(folder / found["method"].partition(" ")[0]) | common)
+            curve = learning_curve(folder / found["method"].partition(" ")[0])
+            last: Row = next((point for point in reversed(curve) if "dream_success" in point), {})
+            row |= {key: last.get(key) for key in ("dream_success", "hazard")}  # of the arm's own dreams at the end
+            rows.append(row | common | ({"curve": curve} if curve and found["temperature"] == 1.0 else {}))
     absent = set(run.methods) - {row["method"] for row in rows}
     if absent:
         raise DataError(f"{folder.name}: the closing table has no row for {', '.join(sorted(absent))}")
     return rows
+
+# %% ../../nbs/training/40_benchmark.ipynb #2f1e3dc6
+def mean_of(
+    values: Sequence[float],  # one a seed
+) -> Estimate:  # n: 0, since no games are counted
+    """Mean over seeds with Student's interval; one seed has none."""
+    if len(values) == 1:
+        return Estimate(values[0], values[0], values[0], 0)
+    found = paired_difference(values, [0.0] * len(values))
+    return Estimate(found.value, found.low, found.high, 0)
 
 # %% ../../nbs/training/40_benchmark.ipynb #22194d36
 def over_seeds(
@@ -263,7 +279,7 @@ def over_seeds(
     games = sum(row["n"] for row in rows)
     if len(rows) == 1:
         return Estimate(rows[0]["success"], rows[0]["low"], rows[0]["high"], games)
-    found = paired_difference([row["success"] for row in rows], [0.0] * len(rows))
+    found = mean_of([row["success"] for row in rows])
     return Estimate(found.value, max(0.0, found.low), min(1.0, found.high), games)
 
 
@@ -299,7 +315,7 @@ def summarise(
 # %% ../../nbs/training/40_benchmark.ipynb #6a0a6a80
 def against_real(
     by_method: Mapping[str, Mapping[int, Row]],  # method: seed: row
-) -> dict[str, Any]:  # 'dream_minus_real', 's2r_minus_real', 'grpo-dream_minus_real', …
+) -> dict[str, Any]:  # 'dream_minus_real', 's2r_minus_real', …, and 'dream_over_real', …: the ratio of successes
     """What dreaming is worth beside RL in the real environment by the same algorithm."""
     found = {}
     for name, control in (("dream", "real"), ("s2r", "real"), ("grpo-dream", "grpo"), ("grpo-s2r", "grpo")):
@@ -307,6 +323,10 @@ def against_real(
         if shared:
             mine, base = ([by_method[m][s]["success"] for s in shared] for m in (name, control))
             found[f"{name}_minus_real"] = difference(mine, base)
+            if all(base):
+                found[f"{name}_over_real"] = difference(
+                    [m / b for m, b in zip(mine, base, strict=True)], [0.0] * len(base)
+                )
     return found
 
 
@@ -320,10 +340,25 @@ def difference(
     found = paired_difference(mine, base)
     return {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
 
+# %% ../../nbs/training/40_benchmark.ipynb #44f26be2
+def curves_of(
+    rows: Sequence[Row],  # of one setting
+    key: str = "success",  # of CURVE
+) -> dict[str, tuple[list[int], list[Estimate]]]:  # label: iterations, means over seeds
+    """How each method's validation success, or its dream, went over its iterations."""
+    found = {}
+    for name, method in METHODS.items():
+        runs = [row["curve"] for row in rows if row["method"] == name and row.get("curve")]
+        curves = [{point["iteration"]: point[key] for point in run if key in point} for run in runs]
+        shared = sorted(set.intersection(*map(set, curves))) if curves else []
+        if shared:
+            found[method.label] = shared, [mean_of([curve[i] for curve in curves]) for i in shared]
+    return found
+
 # %% ../../nbs/training/40_benchmark.ipynb #f812b092
 def commit_of(
     root: Path,
-) -> str:  # such as '77b9c5b', '77b9c5b+' with changes that are not committed, '' without git
+) -> str:  # such as '77b9c5b', '77b9c5b+' with changes that are not committed (results aside), '' without git
     """The state of the code."""
 
     def git(*words: str) -> str:
@@ -332,7 +367,8 @@ def commit_of(
 
     try:
         found = git("rev-parse", "--short", "HEAD")
-        return found + ("+" if found and git("status", "--porcelain", "--untracked-files=no") else "")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!data/results") if found else ""
+        return found + ("+" if changes else "")
     except OSError:
         return ""
 

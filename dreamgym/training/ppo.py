@@ -24,11 +24,11 @@ from .policy import Policy, TokenScores
 from .scale import gathered, is_zero, micro_batch, zero_step
 
 # %% auto #0
-__all__ = ['Loss', 'Share', 'RECENT', 'TokenRow', 'pack_turns', 'collate', 'micro_batches', 'even_out', 'TokenBatch', 'bare',
-           'dropout_off', 'without_gradients', 'score_rows', 'adapters_off', 'reference_scores', 'kl_k1', 'kl_k3',
-           'Credit', 'collect', 'bootstrap_values', 'explained_variance', 'make_batch', 'UpdateSettings', 'PPOSettings',
-           'ppo_loss', 'drift', 'minibatches', 'all_minibatches', 'token_share', 'accumulate', 'token_means',
-           'FiniteGuard', 'take_step', 'optimise', 'StepMeans', 'ppo_update']
+__all__ = ['Loss', 'Share', 'RECENT', 'TokenRow', 'pack_turns', 'collate', 'micro_batches', 'even_out', 'forward_passes',
+           'TokenBatch', 'bare', 'dropout_off', 'without_gradients', 'score_rows', 'adapters_off', 'reference_scores',
+           'kl_k1', 'kl_k3', 'Credit', 'collect', 'bootstrap_values', 'explained_variance', 'make_batch',
+           'UpdateSettings', 'PPOSettings', 'ppo_loss', 'drift', 'minibatches', 'all_minibatches', 'token_share',
+           'accumulate', 'token_means', 'FiniteGuard', 'take_step', 'optimise', 'StepMeans', 'ppo_update']
 
 # %% ../../nbs/training/33_ppo.ipynb #3b8191d7
 @dataclass(frozen=True)
@@ -96,6 +96,17 @@ def even_out(
     most = accelerator.reduce(torch.tensor(len(cuts), device=accelerator.device), "max")
     return cuts + [[] for _ in range(int(most) - len(cuts))]
 
+# %% ../../nbs/training/33_ppo.ipynb #1f75553a
+def forward_passes(
+    rows: Sequence[TokenRow],
+    device: torch.device,
+    token_budget: int | None = None,  # tokens of one pass, padding included; None: what suits the device
+    accelerator: Any = None,
+) -> list[list[int]]:  # row indices of each pass, as many passes on every rank
+    """Cuts rows into forward passes."""
+    budget = token_budget or (2_048 if device.type == "cpu" else 32_768)
+    return even_out(micro_batches([len(row.ids) for row in rows], budget), accelerator)
+
 # %% ../../nbs/training/33_ppo.ipynb #f3beeea2
 @dataclass(frozen=True)
 class TokenBatch:
@@ -160,20 +171,19 @@ def score_rows(
     policy: Policy,
     rows: Sequence[TokenRow],
     temperature: float = 1.0,
-    token_budget: int = 32_768,  # tokens of one forward pass, padding included
+    token_budget: int | None = None,  # tokens of one forward pass, padding included; None: what suits the device
     accelerator: Any = None,
 ) -> tuple[Tensor, Tensor]:  # log-probabilities and values of every agent token (N,), on the policy's device
     """What the policy says of every agent token, in row order."""
-    device = next(policy.parameters()).device
-    counts = [row.tokens for row in rows]
-    logprobs, values = [torch.empty(0, device=device)] * len(rows), [torch.empty(0, device=device)] * len(rows)
+    device, counts = next(policy.parameters()).device, [row.tokens for row in rows]
+    empty = torch.empty(0, device=device)
+    logprobs, values = [empty] * len(rows), [empty] * len(rows)
     with dropout_off(policy):
-        for cut in even_out(micro_batches([len(row.ids) for row in rows], token_budget), accelerator):
+        for cut in forward_passes(rows, device, token_budget, accelerator):
             scores = bare(policy)(collate([rows[i] for i in cut], device), temperature)
             parts = [counts[i] for i in cut]
             for i, lp, v in zip(cut, scores.logprobs.split(parts), scores.values.split(parts), strict=True):
                 logprobs[i], values[i] = lp, v
-    empty = torch.empty(0, device=device)
     return torch.cat([empty, *logprobs]), torch.cat([empty, *values])
 
 # %% ../../nbs/training/33_ppo.ipynb #2082839c
@@ -336,7 +346,7 @@ class UpdateSettings:
 
     epochs: int = 2
     minibatch: int = 256  # rows per optimiser step, over all ranks; without packing a row is a turn
-    token_budget: int = 32_768  # tokens of one forward pass on one rank, padding included
+    token_budget: int | None = None  # tokens of one forward pass on one rank, padding included; None: by device
     clip: float = 0.2  # epsilon
     kl_coef: float = 0.005  # weight of k3 to the reference in the loss
     entropy_coef: float = 0.0
@@ -450,7 +460,7 @@ def accumulate(
     policy.zero_grad()
     whole = rank_sum(torch.tensor(float(share(batch, settings)), device=device), accelerator).clamp(min=1e-8)
     scale = (accelerator.num_processes if accelerator else 1) / whole
-    cuts = even_out(micro_batches([len(row.ids) for row in batch.rows], settings.token_budget), accelerator)
+    cuts = forward_passes(batch.rows, device, settings.token_budget, accelerator)
     for i, cut in enumerate(cuts):
         part = batch.take(cut)
         with micro_batch(policy, accelerator, last=i == len(cuts) - 1) as backward:

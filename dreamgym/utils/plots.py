@@ -16,7 +16,7 @@ from .tracking import read_metrics, writing
 
 # %% auto #0
 __all__ = ['COLOURS', 'OTHER_COLOURS', 'Run', 'method_colour', 'new_axes', 'save_figure', 'series', 'draw_curve',
-           'plot_learning_curves', 'plot_success_by_method', 'plot_hazard']
+           'plot_learning_curves', 'plot_curves', 'plot_success_by_method', 'plot_hazard']
 
 # %% ../../nbs/utils/07_plots.ipynb #8d3bc422
 COLOURS: Mapping[str, str] = MappingProxyType(
@@ -26,6 +26,10 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         "behaviour cloning": "#8c8c8c",
         "dream RL": "#7b52ab",
         "real RL": "#1b7837",
+        "dream PPO": "#7b52ab",
+        "real PPO": "#1b7837",
+        "dream GRPO": "#b79ad1",
+        "real GRPO": "#7fbf7b",
         "S2R": "#d9772b",
         "expert iteration": "#2b7bba",
         "hazard": "#b2182b",
@@ -120,6 +124,19 @@ def plot_learning_curves(
         if keys is not None:
             draw_curve(axes, *series(run, *keys), label=name, colour=method_colour(name))
     axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+# %% ../../nbs/utils/07_plots.ipynb #b3db4c95
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[Estimate]]],  # name: iterations, values
+    ylabel: str = "success (share of games)",
+    title: str = "",
+) -> Any:  # figure
+    """Several methods over iterations, with their intervals."""
+    figure, axes = new_axes("iteration (rollouts + updates)", ylabel, title)
+    for name, (iterations, values) in curves.items():
+        draw_curve(axes, iterations, values, name, method_colour(name))
     axes.legend(frameon=False, fontsize=8)
     return figure
 

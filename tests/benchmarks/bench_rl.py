@@ -9,6 +9,9 @@ train the same weights on the same tokens: one AdamW step over `--rows` rows.
 * TRL: one step of `GRPOTrainer`'s loss, which has no critic, with KL to a reference;
 * bare: the PPO loss in plain torch on logits of all positions, nothing else;
 * lean: the same with logits at agent positions only, the least that PPO can do.
+
+The last two lines are about our small models on a CPU: a PPO update in forward passes that fill a GPU against passes that stay
+in the core's cache, and a training step whose elementwise parts autograd differentiates against the backward pass by hand.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from rl_toys import as_trl_sees_it  # noqa: E402
 
+from dreamgym.core import small_lm  # noqa: E402
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer  # noqa: E402
+from dreamgym.models.experience_sft import example_loss  # noqa: E402
 from dreamgym.training.advantages import two_level_gae  # noqa: E402
 from dreamgym.training.policy import Policy  # noqa: E402
 from dreamgym.training.ppo import PPOSettings, TokenBatch, TokenRow, ppo_update, score_rows  # noqa: E402
@@ -72,9 +77,10 @@ def gae_ratio(repeats: int) -> float:
     return seconds["loop"] / seconds["vectorised"]
 
 
-def new_policy(vocab: int, hidden: int, layers: int) -> Policy:
-    tokenizer = train_tokenizer(["a b c"], "split")
-    model = build_model(tokenizer, "Llama", hidden_size=hidden, layers=layers, vocab_size=vocab)
+def new_policy(vocab: int, hidden: int, layers: int, family: str = "Llama") -> Policy:
+    tokenizer = train_tokenizer(["a b c" if family == "Llama" else " ".join(f"w{i}" for i in range(vocab))], "split")
+    size = {"vocab_size": vocab} if family == "Llama" else {}  # our own has as many as its tokenizer
+    model = build_model(tokenizer, family, hidden_size=hidden, layers=layers, **size)
     return Policy(LanguageModel(model, tokenizer))
 
 
@@ -171,6 +177,51 @@ def update_seconds(vocab: int, arguments: argparse.Namespace, with_trl: bool) ->
     return seconds
 
 
+def passes_ratio(repeats: int) -> float:
+    """Large over small forward passes: 2,048 turns of the household's lengths, eight steps."""
+    torch.manual_seed(0)
+    policy = new_policy(300, 64, 3, "SmallLM")
+    batch = some_batch(policy, copy.deepcopy(policy), 2048, 70, 6)
+
+    def update(token_budget: int | None):
+        mine = copy.deepcopy(policy)
+        optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-5)
+        settings = PPOSettings(epochs=1, minibatch=256, kl_stop=1e9, token_budget=token_budget)
+        return lambda: ppo_update(mine, optimizer, batch, settings)
+
+    seconds = cpu_seconds({"large": update(32_768), "small": update(None)}, repeats)
+    return seconds["large"] / seconds["small"]
+
+
+def causal_conv(x, weight):
+    """What `CausalConv` computes, for autograd to differentiate."""
+    padded = torch.nn.functional.pad(x, (0, 0, len(weight) - 1, 0))
+    return x + sum(w * padded[:, len(weight) - 1 - j : padded.shape[1] - j] for j, w in enumerate(weight))
+
+
+def backward_ratio(repeats: int) -> float:
+    """Autograd's over our own backward pass: training steps of an experience model on 32 rows."""
+    torch.manual_seed(0)
+    policy = new_policy(300, 64, 2, "SmallLM")
+    examples = [(torch.randint(6, 300, (54,)).tolist(), torch.randint(6, 300, (18,)).tolist()) for _ in range(32)]
+    by_hand = (small_lm.CausalConv.apply, small_lm.SquaredReLU.apply)
+
+    def steps(conv, square):
+        def run() -> torch.Tensor:
+            small_lm.CausalConv.apply, small_lm.SquaredReLU.apply = conv, square
+            for _ in range(10):
+                policy.zero_grad()
+                example_loss(policy.model, examples).backward()
+            return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+        return run
+
+    contestants = {"autograd": steps(causal_conv, lambda x: x.relu().square()), "by hand": steps(*by_hand)}
+    assert torch.allclose(contestants["autograd"](), contestants["by hand"](), atol=1e-5)
+    seconds = cpu_seconds(contestants, repeats)
+    return seconds["autograd"] / seconds["by hand"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="steps that count, per contestant")
@@ -193,6 +244,8 @@ def main() -> None:
         results.append(("PPO step / TRL GRPO step, vocab 16k", large["ours"] / large["trl"], "<= 0.6"))
     results.append(("PPO step / bare torch loop, vocab 16k", large["ours"] / large["bare"], "no target"))
     results.append(("PPO step / lean torch loop, vocab 16k", large["ours"] / large["lean"], "no target"))
+    results.append(("PPO update: GPU-sized / own passes, 0.17M", passes_ratio(arguments.repeats), "no target"))
+    results.append(("SmallLM step: autograd / by hand", backward_ratio(arguments.repeats), "no target"))
     print(f"\n{'what':42} {'ratio':>7}  target")
     for name, ratio, target in results:
         bound = float(target.split()[1]) if target[0] in "<>" else None

@@ -33,8 +33,7 @@ KEY = "sk-canary-5b1e6f0c9d"
 
 def step_answer(prompt):
     """The household's rules, written as an instructed model would."""
-    found = re.search(r"State:\n(.*?)(?:\n\nAction:\n(.*))?$", prompt, re.S)  # an empty action is left out
-    state, action = found.groups("")
+    state, action = re.search(r"State:\n(.*?)\n\nAction:\n(.*)$", prompt, re.S).groups()
     works = judge(parse_state(state), action).ok
     after = expected_state(parse_state(state), action)[0].text() if works else state
     return {"reasoning": "as the rules say", "works": works, "next_state": after, "reward": 0, "terminated": False}

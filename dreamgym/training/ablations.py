@@ -170,13 +170,13 @@ def plan_ablations(
     stamps: Stamps,
     rows: Sequence[Row],  # that there are
 ) -> list[tuple[Run, Setting]]:
-    """What has still to be run, seed by seed, the full method first."""
+    """What has still to be run, the full method first; seeds alternate, so that runs wait less for a shared preparation."""
     jobs: dict[tuple[str, str], tuple[Run, Setting]] = {}
     for name, ablation in chosen.items():
         for run in bm.plan_runs(bm.missing_methods(rows, [ablation.method], stamps[name])):
             job = replace(run, label=name), settings[name]
             jobs.setdefault((stamps[name][run.seed], ablation.method), job)
-    return sorted(jobs.values(), key=lambda job: job[0].seed)
+    return list(jobs.values())
 
 # %% ../../nbs/training/41_ablations.ipynb #2e112fa5
 def summarise_ablations(

@@ -170,7 +170,7 @@ def plan_ablations(
     stamps: Stamps,
     rows: Sequence[Row],  # that there are
 ) -> list[tuple[Run, Setting]]:
-    """What has still to be run, the full method first; seeds alternate, so that runs wait less for a shared preparation."""
+    """What has still to be run, the full method first; seeds alternate, so that runs wait less for each other."""
     jobs: dict[tuple[str, str], tuple[Run, Setting]] = {}
     for name, ablation in chosen.items():
         for run in bm.plan_runs(bm.missing_methods(rows, [ablation.method], stamps[name])):

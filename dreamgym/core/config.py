@@ -219,7 +219,7 @@ class RLConfig(Section):
     )
     group_size: int = Field(8, gt=1, description="episodes per task for grpo, rloo, gigpo [verl-agent]")
     lr: float = Field(5e-4, gt=0, description="learning rate of AdamW [ours]; 1e-6 for 1.5B and more [verl-agent]")
-    lr_warmup: int = Field(0, ge=0, description="iterations over which lr rises (of those that move the policy) [ours]")
+    lr_warmup: int = Field(0, ge=0, description="iterations over which lr rises [ours]")
     value_lr: float = Field(5e-3, gt=0, description="learning rate of the value head [ours]; 1e-5 [verl-agent]")
     clip: float = Field(0.2, gt=0, description="largest change of the probability ratio [verl-agent]")
     dual_clip: float = Field(3.0, gt=1, description="bound of the loss of a bad token; ppo only [verl-agent]")
@@ -237,7 +237,7 @@ class RLConfig(Section):
     entropy_coef: float = Field(0.001, ge=0, description="weight of the entropy bonus [verl-agent]")
     value_coef: float = Field(0.5, ge=0, description="weight of the value loss, shared trunk [ours]")
     value_clip: float | None = Field(0.5, gt=0, description="largest change of a value; null: none [verl-agent]")
-    value_warmup: int = Field(1, ge=0, description="first iterations that train the value head only [ours]")
+    value_warmup: int = Field(1, ge=0, description="iterations in which the value head learns before the policy [ours]")
     epochs: int = Field(2, gt=0, description="passes over each iteration's turns [ours]; 1 [verl-agent]")
     minibatch: int = Field(256, gt=0, description="turns per update [ours]")
     token_budget: int | None = Field(

@@ -432,7 +432,7 @@ def update_policy(
     rl = loop.config.rl
     usable = [t for t in trajectories if t.aborted is None and t.turns]
     loop.policy.train()
-    set_rate(loop.optimizer, rl, loop.iteration - loop.fresh_from - rl.value_warmup * (rl.algorithm == "ppo"))
+    set_rate(loop.optimizer, rl, loop.iteration - loop.fresh_from)
     if not usable:
         metrics: dict[str, float] = {"policy/updates": 0}
     elif rl.algorithm == "rft":
@@ -457,15 +457,17 @@ def learn_ppo(
     loop: ArmLoop,  # changed in place
     mine: Sequence[Trajectory],  # of this rank
 ) -> dict[str, float]:  # metrics
-    """PPO with a critic; the first updates of a new critic move it alone."""
+    """PPO with a critic; a new critic first learns from the episodes alone, then both do."""
     rl, (reference, in_reward, in_loss) = loop.config.rl, kl_terms(loop)
     discounts = {"gamma_token": rl.gamma_token, "lambda_token": rl.lambda_token}
     more: dict[str, Any] = {"kl_reward_coef": in_reward, "accelerator": loop.accelerator} | discounts
-    with autocast(loop.accelerator):  # the reference too
-        batch = make_batch(mine, loop.policy, reference, rl.gamma, rl.gae_lambda, rl.temperature, **more)
-    warming = loop.iteration - loop.fresh_from < rl.value_warmup
-    settings = PPOSettings.from_config(rl, kl_coef=in_loss, values_only=warming)
-    return ppo_update(loop.policy, loop.optimizer, batch, settings, loop.accelerator, loop.guard)
+    metrics: dict[str, float] = {}
+    for values_only in [True, False] if loop.iteration - loop.fresh_from < rl.value_warmup else [False]:
+        with autocast(loop.accelerator):  # the reference too
+            batch = make_batch(mine, loop.policy, reference, rl.gamma, rl.gae_lambda, rl.temperature, **more)
+        settings = PPOSettings.from_config(rl, kl_coef=in_loss, values_only=values_only)
+        metrics = ppo_update(loop.policy, loop.optimizer, batch, settings, loop.accelerator, loop.guard)
+    return metrics
 
 
 def learn_in_groups(

@@ -341,12 +341,14 @@ def check_curriculum(
     config: Config,
     env: Environment,
 ) -> None:
-    """Raises ConfigError where nobody can write the tasks that are asked for."""
+    """Warns where nobody can write the tasks that are asked for; the run goes on with recorded ones."""
     share = config.curriculum.synthetic_fraction_max * bool(config.curriculum.difficulty_increment)
     if share and env.vary is None and config.reasoning_model.name == "scratch":
-        raise ConfigError(
-            f"curriculum.synthetic_fraction_max {share:g}: {env.name!r} has no generator of tasks and an experience "
-            "model from scratch writes none; set it to 0, or reasoning_model.name to a language model"
+        log.warning(
+            "curriculum.synthetic_fraction_max %g: %r has no generator of tasks and an experience model from scratch "
+            "writes none, so only recorded tasks are dreamt; a language model as reasoning_model.name would write some",
+            share,
+            env.name,
         )
 
 # %% ../../nbs/training/35a_preparation.ipynb #0df450ac

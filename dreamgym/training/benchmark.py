@@ -31,10 +31,10 @@ from ..utils.tracking import lock_folder, read_metrics, write_json
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'MODES', 'METHODS', 'PAPER_METHODS', 'Row', 'CURVE', 'Method', 'parse_methods', 'parse_seeds', 'Setting', 'Run',
-           'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute', 'learning_curve',
-           'rows_of', 'mean_of', 'over_seeds', 'over_types', 'summarise', 'against_real', 'difference', 'curves_of',
-           'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
+__all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'CURVE', 'Method', 'parse_methods', 'parse_seeds',
+           'Setting', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute',
+           'learning_curve', 'rows_of', 'mean_of', 'over_seeds', 'over_types', 'summarise', 'against_real',
+           'difference', 'curves_of', 'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Method:
     modes: tuple[str, ...]  # of run_experiment, that have this row
 
 
-MODES = ("real", "dream", "s2r")  # cheapest first; each trains what the ones before it train
+MODES = ("real", "dream", "s2r")  # cheapest first; each can train what the ones before it train
+CONTROL = "real RL"  # the row of what the others are compared with
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "bc": Method("behaviour cloning", "", "behaviour cloning", ("real", "dream", "s2r")),
@@ -115,8 +116,8 @@ class Setting:
 
     def hash(self, seed: int) -> str:
         """Equal for runs that differ by method only."""
-        mine = ("rl.algorithm", "rl.token_budget", "training.mode", "training.parallel_control", "training.threads")
-        return config_hash(self.load(seed), (*mine, *REPORTING))
+        mine = ("rl.algorithm", "rl.token_budget", "training.mode", "training.control", "training.parallel_control")
+        return config_hash(self.load(seed), (*mine, "training.threads", *REPORTING))
 
 # %% ../../nbs/training/40_benchmark.ipynb #c27ab338
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def command_of(
     shared = shown(folder.parent / "prepared")
     mine = ["training.threads=1", "training.parallel_control=false"]
     mine += [] if len(shared.split()) > 1 else [f"training.prepared_dir={shared}"]  # blanks separate overrides
+    mine += [] if any(METHODS[name].row == CONTROL for name in run.methods) else ["training.control=false"]
     overrides = " ".join([*setting.overrides.split(), *mine])
     values = {"env": setting.env, "algorithm": run.algorithm, "mode": run.mode, "preset": setting.preset}
     values |= {"seed": str(run.seed), "config": setting.config, "out_dir": shown(folder), "overrides": overrides}

@@ -11,7 +11,6 @@ import torch
 from test_trainer import config, metrics, trainer, weights, whole  # noqa: F401, a fixture
 
 from dreamgym.core.data_structures import Task
-from dreamgym.core.errors import ConfigError
 from dreamgym.environments.base_env import make_environment
 from dreamgym.training import arms
 from dreamgym.training.arms import dreams_of_success, play_iteration, run_iteration, start_arm_loop

@@ -52,7 +52,6 @@ def test_every_switch_of_the_design_takes_its_part_away():
         changed = settings[name].load(0)
         assert getattr(getattr(changed, section), key) == off != getattr(getattr(full, section), key), name
         assert changed.model_copy(update={section: getattr(full, section)}) == full  # and nothing else
-    assert not full.training.control
 
 
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu"])
@@ -133,13 +132,12 @@ def test_one_run_for_each_setting_and_seed(tmp_path):
     runner = Runner()
     ledger = run(tmp_path, "replay,dream,sweep:top_k=0,1,2", [0, 1], runner, workers=1)
     words = [overrides_of(command) for command in runner.commands]
-    assert len(words) == 8 and all(
-        "training.control=false" in word for word in words
-    )  # top_k 0 and 1 are there already
+    assert len(words) == 8  # top_k 0 and 1 are there already
     modes = [command[command.index("mode") + 1] for command in runner.commands]
+    assert all(("training.control=false" in w) == (m == "dream") for w, m in zip(words, modes, strict=True))
     assert modes.count("real") == 2 and all(("synthetic_ratio=0" in w) == (m == "real") for w, m in zip(words, modes))
-    first = [word.split()[-4] for word in words[:4]]  # seed 0, the full method first; three words are the benchmark's
-    assert first[1:] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
+    said = [[w for w in word.split() if not w.startswith("training.")] for word in words[::2]]  # of seed 0
+    assert [w[-1] for w in said[1:]] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
     assert "top_k" not in words[0]
     summary = ledger.content["summary"]["ablations"]
     assert summary["buffer.top_k=1"]["minus_full"]["mean"] == 0 and summary["buffer.top_k=1"]["seeds"] == 2

@@ -119,7 +119,9 @@ def test_the_command_is_that_of_the_notebook():
     assert command[:3] == ["papermill", "nbs/run_experiment.ipynb", "runs/x.ipynb"]
     assert set(command[4::3]) <= set(papermill.inspect_notebook(str(ROOT / "nbs" / "run_experiment.ipynb")))
     value = dict(zip(command[4::3], command[5::3], strict=True))
-    mine = "training.threads=1 training.parallel_control=false training.prepared_dir=runs/prepared"
+    mine = (
+        "training.threads=1 training.parallel_control=false training.prepared_dir=runs/prepared training.control=false"
+    )
     assert value["overrides"] == f"rl.lr=0.001 {mine}" and value["seed"] == "3"
     elsewhere = bm.command_of(made, setting, bm.project_root() / "my runs" / "x")
     assert "prepared_dir" not in " ".join(elsewhere)  # a blank would end the override
@@ -129,8 +131,10 @@ def test_the_hash_is_that_of_the_run_but_for_the_method():
     chosen = [f"rl.algorithm={a}" for a in ("ppo", "rft")], [f"training.mode={m}" for m in ("real", "dream")]
     for algorithm, mode in zip(*chosen, strict=True):
         config = load_config(None, "alfworld", "smoke", [algorithm, "training.seed=4", mode])
-        ignored = ("rl.algorithm", "rl.token_budget", "training.mode", "training.parallel_control", "training.threads")
-        assert config_hash(config, (*ignored, *REPORTING)) == SETTING.hash(4)
+        ignored = (
+            "rl.algorithm rl.token_budget training.mode training.control training.parallel_control training.threads"
+        )
+        assert config_hash(config, (*ignored.split(), *REPORTING)) == SETTING.hash(4)
     others = [bm.Setting(preset="cpu"), bm.Setting(overrides="rl.gamma=0.5"), bm.Setting(env="webshop")]
     assert len({setting.hash(4) for setting in [SETTING, *others]}) == 4
 

@@ -129,7 +129,7 @@ def full_method(
     able = env.vary is not None or config.reasoning_model.name != "scratch"
     on = [f"{key}={value}" for key, value in PARTS.items() if not value_of(config, key)]
     on = [text for text in on if able or not text.startswith("curriculum.synthetic_fraction_max")]
-    return replace(setting, overrides=" ".join(["training.control=false", *on, setting.overrides]).strip())
+    return replace(setting, overrides=" ".join([*on, setting.overrides]).strip())
 
 
 def value_of(

@@ -68,6 +68,23 @@ def test_same_seed_twice_is_the_same_run(whole, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_new_critic_learns_first_and_from_the_same_episodes(whole, tmp_path, monkeypatch):
+    """In the first iteration the head learns, then head and policy by the values that it gives; later both at once."""
+    calls, update = [], arms.ppo_update
+
+    def watched(policy, optimizer, batch, settings, *more):
+        calls.append((settings.values_only, [row.ids for row in batch.rows], batch.old_values.clone()))
+        return update(policy, optimizer, batch, settings, *more)
+
+    monkeypatch.setattr(arms, "ppo_update", watched)
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    t = trainer(tmp_path, rl__value_warmup=1, rl__invalid_action_penalty=0.1)  # something to predict
+    t.fit(t.prepare(), "dream")
+    (first, rows, untrained), (second, again, trained), (third, *_) = calls
+    assert [first, second, third] == [True, False, False]
+    assert rows == again and not torch.equal(untrained, trained)
+
+
 def test_another_seed_is_another_run(whole, tmp_path):
     t = trainer(tmp_path, training__seed=1)
     t.fit(t.prepare(), "dream")

@@ -63,7 +63,9 @@ def test_every_part_of_the_full_method_is_on(preset):
 
 def test_the_users_word_is_stronger_than_the_full_method():
     setting = Setting(overrides="reasoning_model.history=0 curriculum.synthetic_fraction_max=0.9")
-    config = ab.full_method(setting).load(0)
+    full = ab.full_method(setting)
+    config = full.load(0)
+    assert full.overrides.count("reasoning_model.history") == 1  # in the rows' setting, each part is named once
     assert config.reasoning_model.history == 0 and config.curriculum.synthetic_fraction_max == 0.9
     with pytest.raises(ConfigError, match="'history' changes nothing"):
         ab.settings_of(ab.parse_ablations("history"), ab.full_method(setting))

@@ -123,11 +123,12 @@ PARTS: Mapping[str, float] = MappingProxyType(
 def full_method(
     setting: Setting,  # the user's
 ) -> Setting:  # of all runs, before an ablation
-    """The setting with every part on."""
+    """The setting with every part on, but for those that the user's overrides name."""
     config = setting.load(0)
     env = make_environment(config.environment.name, config.environment)
     able = env.vary is not None or config.reasoning_model.name != "scratch"
-    on = [f"{key}={value}" for key, value in PARTS.items() if not value_of(config, key)]
+    said = {text.partition("=")[0] for text in setting.overrides.split()}
+    on = [f"{key}={value}" for key, value in PARTS.items() if key not in said and not value_of(config, key)]
     on = [text for text in on if able or not text.startswith("curriculum.synthetic_fraction_max")]
     return replace(setting, overrides=" ".join([*on, setting.overrides]).strip())
 

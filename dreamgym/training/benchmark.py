@@ -289,7 +289,7 @@ def over_types(
     rows: Sequence[Row],
 ) -> Estimate | None:  # None with one seed
     """Interquartile mean over task types and seeds, with a stratified bootstrap."""
-    kinds = {kind for row in rows for kind in row["by_type"]}
+    kinds = dict.fromkeys(kind for row in rows for kind in row["by_type"])  # in the same order each time
     strata = [[won / n for won, n in (r["by_type"][kind] for r in rows if kind in r["by_type"])] for kind in kinds]
     return stratified_bootstrap(strata) if len(rows) > 1 and strata else None
 

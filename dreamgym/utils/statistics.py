@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,19 +56,20 @@ def wilson_interval(
 
 # %% ../../nbs/utils/06_statistics.ipynb #889f17ad
 def interquartile_mean(
-    values: Sequence[float] | np.ndarray,  # at least one
-) -> float:
+    values: Sequence[float] | np.ndarray,  # at least one along the axis
+    axis: int = -1,
+) -> Any:  # a number, or an array without that axis
     """Mean of the middle half of the values."""
     from scipy.stats import trim_mean
 
     if np.size(values) == 0:
         raise ValueError("interquartile mean of nothing: expected at least one value")
-    return float(trim_mean(np.asarray(values, float), 0.25))
+    return trim_mean(np.asarray(values, float), 0.25, axis=axis)
 
 # %% ../../nbs/utils/06_statistics.ipynb #23a667a5
 def stratified_bootstrap(
     strata: Sequence[Sequence[float]],  # values of each stratum, none empty
-    statistic: Callable[[np.ndarray], float] = interquartile_mean,  # of all values together
+    statistic: Callable[..., Any] = interquartile_mean,  # of all values together; takes an axis, as np.mean does
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -77,13 +79,12 @@ def stratified_bootstrap(
     if not groups or min(len(g) for g in groups) == 0:
         raise ValueError("bootstrap: expected at least one stratum and none of them empty")
     rng = np.random.default_rng(seed)
-    draws = [
-        statistic(np.concatenate([g[rng.integers(len(g), size=len(g))] for g in groups])) for _ in range(resamples)
-    ]
+    drawn = [g[rng.integers(len(g), size=(resamples, len(g)))] for g in groups]
+    draws = statistic(np.concatenate(drawn, axis=1), axis=-1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     everything = np.concatenate(groups)
-    return Estimate(float(statistic(everything)), float(low), float(high), len(everything))
+    return Estimate(float(statistic(everything, axis=-1)), float(low), float(high), len(everything))
 
 # %% ../../nbs/utils/06_statistics.ipynb #f42a3fe8
 def paired_difference(

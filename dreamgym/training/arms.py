@@ -34,7 +34,7 @@ from . import checkpoints, scale
 from .advantages import Estimator
 from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, read_manifest, save_checkpoint
-from .fidelity import on_policy
+from .fidelity import on_policy, wm2real
 from .fine_tuning import own_copy, refresh_by
 from .grpo import GRPOSettings, grpo_update, make_group_batch
 from .play import evaluate_policy, play_settings
@@ -71,8 +71,8 @@ class Prepared:
 
     @property
     def real_transitions(self) -> int:
-        """All real transitions that the experience model has seen; a reset without any counts as one."""
-        return self.counts["offline"] + self.counts["cloned"] + self.counts.get("resets", 0)
+        """All real transitions behind a dream: of its model and of the clone; a reset without any counts as one."""
+        return sum(self.counts.get(name, 0) for name in ("offline", "cloned", "elsewhere", "resets"))
 
     @property
     def clone_transitions(self) -> int:
@@ -508,7 +508,7 @@ def measure_dream(
     row: dict[str, Any],  # metrics are added
     trajectories: Sequence[Trajectory],  # dreams
 ) -> None:
-    """Gap between dream and real success on the same tasks, and the hazard of the policy's own dreams."""
+    """Gap between dream and real success on the same tasks; hazard, rewards and replays of the policy's own dreams."""
     training, env, section = loop.config.training, loop.ready.env, loop.config.policy_model
     dreams = [t for t in trajectories if t.aborted is None and t.task.source == "real"][: training.gap_episodes]
     if len(dreams) < 2:
@@ -520,9 +520,13 @@ def measure_dream(
     row["dream/gap_n"] = len(dreams)
     if dreamt - happened > training.gap_limit:
         log.warning("dreams are %.2f more successful than reality (limit %.2f)", dreamt - happened, training.gap_limit)
+    shares = {"wm2real": wm2real(dreams, env).success}
     if env.verify:
-        hazard = on_policy(dreams, env.verify).hazard
+        found = on_policy(dreams, env.verify)
+        hazard = found.hazard
         row |= {"dream/hazard": hazard.value, "dream/hazard_se": hazard.se, "dream/hazard_steps": hazard.steps}
+        shares |= {"reward_precision": found.reward.precision, "reward_recall": found.reward.recall}
+    row |= {f"dream/{name}": part.value for name, part in shares.items() if part.n}
 
 # %% ../../nbs/training/36a_arms.ipynb #ee9da16d
 def write_iteration(

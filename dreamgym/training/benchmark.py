@@ -31,9 +31,9 @@ from ..utils.tracking import lock_folder, read_metrics, write_json
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'CURVE', 'Method', 'parse_methods', 'parse_seeds',
-           'Setting', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed', 'execute',
-           'learning_curve', 'rows_of', 'mean_of', 'over_seeds', 'over_types', 'summarise', 'against_real',
+__all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DREAMS', 'CURVE', 'Method', 'parse_methods',
+           'parse_seeds', 'Setting', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed',
+           'execute', 'learning_curve', 'rows_of', 'mean_of', 'over_seeds', 'over_types', 'summarise', 'against_real',
            'difference', 'curves_of', 'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
@@ -229,7 +229,8 @@ def execute(
         raise RunFailed(f"exit status {status}: {said or (lines or ['nothing was printed'])[-1]}")
 
 # %% ../../nbs/training/40_benchmark.ipynb #754534f4
-CURVE = {"success": "eval/success", "dream_success": "dream/success", "gap": "dream/gap", "hazard": "dream/hazard"}
+OF_DREAMS = ("gap", "hazard", "reward_precision", "reward_recall", "wm2real")
+CURVE = {"success": "eval/success", "dream_success": "dream/success"} | {key: f"dream/{key}" for key in OF_DREAMS}
 
 
 def learning_curve(

@@ -87,6 +87,9 @@ class ExperienceTraining(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay [ours]")
     batch_size: int = Field(32, gt=0, description="transitions per update [ours]")
     train_steps: int = Field(2000, ge=0, description="updates; the learning rate decays over them [ours]")
+    train_worlds: int | None = Field(
+        None, gt=0, description="training worlds that it knows and whose tasks are dreamt; null: all (worlds) [ours]"
+    )
     demo_dropout: float = Field(0.1, ge=0, le=1, description="share of training prompts without demos [ours]")
     balance: float = Field(
         0.5, ge=0, le=1, description="pull to equal shares of all kinds of transition; 0: none [ours]"
@@ -551,11 +554,14 @@ def config_hash(
     config: Config,
     ignore: Sequence[str] = REPORTING,  # dotted keys
 ) -> str:  # 12 hexadecimal digits
-    """Equal for configurations that describe the same run, wherever its results go and its server stands."""
-    tree = config.model_dump()
+    """Equal for configurations that describe the same run, wherever its results go and its server stands.
+
+    A key that is null counts as absent: a new optional key leaves the hashes of earlier runs as they are.
+    """
+    tree = config.model_dump(exclude_none=True)
     for name in ignore:
         section, key = name.split(".")
-        del tree[section][key]
+        tree[section].pop(key, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/02_config.ipynb #eb1fc7e2

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,10 +44,11 @@ from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'make_experience_model', 'RunningLoss',
-           'require', 'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts',
-           'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make', 'read_or_train', 'lock_home',
-           'open_arm', 'train_arm', 'keep_spent', 'check_settings', 'check_arm', 'claim_folder', 'describe']
+__all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'within_worlds', 'played_turns',
+           'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
+           'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
+           'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings', 'check_arm',
+           'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -121,6 +123,34 @@ def make_synthetic(
     write_json(home / "counts.json", counts)
     trainer.say(f"no offline data; {len(begun)} first states by resets")
     return Prepared(env, begun, buffer, policy, None, counts)
+
+# %% ../../nbs/training/37_trainer.ipynb #afe4049a
+def within_worlds(
+    ready: Prepared,
+    config: Config,
+) -> Prepared:
+    """The same run with the experience of the first `reasoning_model.train_worlds` worlds only."""
+    worlds = config.reasoning_model.train_worlds
+    if worlds is None or worlds >= len(ready.tasks):
+        return ready
+    tasks = ready.tasks[:worlds]
+    known = {task.id for task in tasks}
+    rows = [e for _, e in read_rows(ready.buffer.db, "evicted_at IS NULL")]
+    kept = [e for e in rows if e.task_id in known]
+    buffer = ExperienceReplayBuffer(ready.buffer.config, None, ready.buffer.encoder, dedup=False)
+    buffer.add_many(kept)
+    own = [e for e in kept if e.policy == "cloned"]
+    shown = prep.demonstration_rows(rows, config.policy_model.bc_demonstrations)
+    counts = ready.counts | {"offline": played_turns(kept) - played_turns(own), "cloned": played_turns(own)}
+    counts["elsewhere"] = played_turns([e for e in shown if e.task_id not in known])
+    return replace(ready, tasks=tasks, buffer=buffer, counts=counts)
+
+
+def played_turns(
+    rows: Sequence[Experience],  # of episodes, in order
+) -> int:
+    """Real turns of the episodes, those included that the buffer refused."""
+    return sum({e.episode_id: e.turn + 1 for e in rows}.values())
 
 # %% ../../nbs/training/37_trainer.ipynb #815aec47
 def make_experience_model(
@@ -319,6 +349,7 @@ class DreamGymTrainer:
         home, dreamer = prep.homes(self.config, self.folder)
         with main_first(self.accelerator):
             ready = read_or_make(self, home)
+        ready = within_worlds(ready, self.config) if dream else ready
         ready.model = read_or_train(self, ready, home, dreamer) if dream and self.main else None  # only rank 0 dreams
         return ready
 

@@ -13,8 +13,10 @@ from dreamgym.core.config import load_config
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.language_model import LanguageModel, build_model
 from dreamgym.models.reasoning_model import Query
+from dreamgym.models.replay_buffer import read_rows
 from dreamgym.training import arms
 from dreamgym.training.checkpoints import load_policy, newest_checkpoint
+from dreamgym.training.preparation import demonstration_rows
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, run_iteration, start_arm_loop
 from dreamgym.utils.tracking import RunDir
@@ -83,6 +85,26 @@ def test_a_new_critic_learns_first_and_from_the_same_episodes(whole, tmp_path, m
     (first, rows, untrained), (second, again, trained), (third, *_) = calls
     assert [first, second, third] == [True, False, False]
     assert rows == again and not torch.equal(untrained, trained)
+
+
+def test_few_worlds_are_all_that_a_dream_knows_and_all_that_is_counted(whole, tmp_path):
+    """The clone stays; buffer, dreamt tasks and counts are those of the first worlds, demonstrations elsewhere added."""
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    shutil.rmtree(tmp_path / "prepared" / "experience_model")
+    t = trainer(tmp_path, reasoning_model__train_worlds=2, policy_model__bc_demonstrations=24)
+    everything = t.prepare(dream=False)
+    ready = t.prepare()
+    rows = [e for _, e in read_rows(everything.buffer.db, "1")]
+    known = {task.id for task in everything.tasks[:2]}
+    shown = demonstration_rows(rows, 24)
+    assert len(everything.tasks) == 6 and [task.id for task in ready.tasks] == [task.id for task in everything.tasks[:2]]
+    assert [e for _, e in read_rows(ready.buffer.db, "1")] == [e for e in rows if e.task_id in known]
+    counted = [e for e in rows if e.task_id in known or e in shown]
+    turns = [max(e.turn for e in counted if e.episode_id == name) + 1 for name in {e.episode_id for e in counted}]
+    assert len(counted) <= ready.real_transitions == sum(turns) < everything.real_transitions
+    assert ready.clone_transitions == everything.clone_transitions
+    for name, weight in everything.policy.state_dict().items():
+        assert torch.equal(weight, ready.policy.state_dict()[name])
 
 
 def test_another_seed_is_another_run(whole, tmp_path):

@@ -55,6 +55,17 @@ def test_every_switch_of_the_design_takes_its_part_away():
 
 
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu"])
+def test_every_remedy_changes_what_it_names(preset):
+    settings = ab.settings_of({ab.FULL: ab.ABLATIONS[ab.FULL], **ab.REMEDIES}, ab.full_method(Setting(preset=preset)))
+    full = settings[ab.FULL].load(0)
+    assert not set(ab.REMEDIES) & set(ab.ABLATIONS)
+    for name, remedy in ab.REMEDIES.items():
+        changed = settings[name].load(0)
+        for key in (word.partition("=")[0] for word in remedy.overrides.split()):
+            assert ab.value_of(changed, key) != ab.value_of(full, key), name
+
+
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu"])
 def test_every_part_of_the_full_method_is_on(preset):
     config = ab.full_method(Setting(preset=preset)).load(0)
     for section, key, off in SWITCHES.values():

@@ -25,9 +25,9 @@ from .benchmark import Ledger, Row, Run, Setting
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'FULL', 'ABLATIONS', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept', 'parse_ablations',
-           'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations', 'summarise_ablations',
-           'run_ablations', 'table_of_ablations', 'plot_ablations']
+__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept',
+           'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
+           'summarise_ablations', 'run_ablations', 'table_of_ablations', 'plot_ablations']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -53,6 +53,19 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "policy-data": Ablation("without the policy's own data", "environment.live_episodes=0"),
         "dream": Ablation("real only", "buffer.synthetic_ratio=0 reasoning_model.refresh_every=0", "real"),
         "offline-data": Ablation("synthetic only", "environment.offline_data=null"),
+    }
+)
+
+# %% ../../nbs/training/41_ablations.ipynb #7c5d5a6a
+REMEDIES: Mapping[str, Ablation] = MappingProxyType(
+    {
+        "likeliest": Ablation("likeliest predictions", "reasoning_model.temperature=0"),
+        "votes": Ablation("three votes", "reasoning_model.votes=3"),
+        "pessimism": Ablation("doubt lowers rewards", "reasoning_model.votes=3 reasoning_model.pessimism=lower"),
+        "verifier": Ablation("rules reject predictions", "reasoning_model.verify=true reasoning_model.redraws=2"),
+        "kl": Ablation("closer to the start", "rl.kl_coef=0.02"),
+        "gap-stop": Ablation("stops at a gap of .1", "training.gap_stop=0.1"),
+        "refresh": Ablation("refreshed by real games", "reasoning_model.refresh_every=3"),
     }
 )
 
@@ -92,6 +105,7 @@ def parse_ablations(
     text: str,  # 'replay,history,sweep:top_k=0,1,2,4'
 ) -> dict[str, Ablation]:  # by name, the full method first
     """Raises ConfigError for an ablation that does not exist, naming the nearest, or for none at all."""
+    known = {**ABLATIONS, **REMEDIES}
     chosen, key = {FULL: ABLATIONS[FULL]}, ""
     for word in filter(None, map(str.strip, text.split(","))):
         if word.startswith("sweep:"):
@@ -102,12 +116,12 @@ def parse_ablations(
             chosen |= [swept(key, value)]
         elif key and re.fullmatch(r"[-+.\deE]+|true|false|null", word):
             chosen |= [swept(key, word)]
-        elif word in ABLATIONS:
-            chosen[word], key = ABLATIONS[word], ""
+        elif word in known:
+            chosen[word], key = known[word], ""
         else:
-            raise ConfigError(unknown_name("ablation", word, ABLATIONS) + " Or sweep:<setting>=<values>.")
+            raise ConfigError(unknown_name("ablation", word, known) + " Or sweep:<setting>=<values>.")
     if len(chosen) == 1:
-        raise ConfigError(f"ablations {text!r}: expected names with commas between them: {', '.join(ABLATIONS)}")
+        raise ConfigError(f"ablations {text!r}: expected names with commas between them: {', '.join(known)}")
     return chosen
 
 # %% ../../nbs/training/41_ablations.ipynb #5c09cb9c
@@ -149,7 +163,7 @@ def settings_of(
     """The setting of each ablation. Raises ConfigError for one that changes nothing, or cannot be used."""
     found = {name: replace(full, overrides=f"{full.overrides} {a.overrides}".strip()) for name, a in chosen.items()}
     for name, setting in found.items():
-        if name in ABLATIONS and name != FULL and setting.hash(0) == full.hash(0):
+        if name != FULL and name in {**ABLATIONS, **REMEDIES} and setting.hash(0) == full.hash(0):
             raise ConfigError(f"ablation {name!r} changes nothing: the runs have {chosen[name].overrides} already")
     return found
 

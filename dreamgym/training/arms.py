@@ -48,8 +48,8 @@ __all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'evolv
            'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm',
            'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'finished_dream',
            'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts',
-           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'measure_dream', 'write_iteration',
-           'log_row', 'save_arm', 'save_stopped', 'best_policy']
+           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'measure_dream', 'too_optimistic',
+           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class ArmLoop:
     real_transitions: int = 0
     fresh_from: int = 0  # iteration at which the critic was new
     best: dict[str, Any] = field(default_factory=lambda: {"iteration": 0, "success": -1.0})
+    stopped: bool = False  # dreams have passed `training.gap_stop`
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     trackers: Sequence[Any] = ()  # accelerate's, besides the run's own files
     model: Any = None  # the ReasoningExperienceModel that dreams, the arm's own where it is refreshed
@@ -150,10 +151,10 @@ def affordable(loop: ArmLoop) -> int:
 
 
 def finished(loop: ArmLoop) -> bool:
-    """Whether no iteration is left, or none that can be afforded."""
+    """Whether no iteration is left, none that can be afforded, or dreams are no longer to be trusted."""
     training = loop.config.training
     last = training.num_iterations + (training.s2r_iterations if loop.arm == "s2r" else 0)
-    return loop.iteration >= last or (loop.where == "real" and affordable(loop) == 0)
+    return loop.stopped or loop.iteration >= last or (loop.where == "real" and affordable(loop) == 0)
 
 # %% ../../nbs/training/36a_arms.ipynb #9eabd148
 def make_curriculum(loop: ArmLoop) -> CurriculumTaskGenerator:
@@ -288,7 +289,7 @@ def load_arm(
     checkpoints.restore_rng(load_file(folder / "random.safetensors"))
     loop.iteration, loop.best = facts["iteration"], facts["best"]
     loop.real_transitions, loop.fresh_from = facts["real_transitions"], facts["fresh_from"]
-    loop.guard.failures = facts["failures"]
+    loop.guard.failures, loop.stopped = facts["failures"], facts.get("stopped", False) and loop.arm == "dream"
     loop.known = json.loads((folder / "curriculum.json").read_text(encoding="utf-8"))
     loop.curriculum.load_state_dict(loop.known)
     return load_file(folder / "optimizer.safetensors") if optimizer else {}
@@ -317,7 +318,7 @@ def finished_dream(
     """The dream arm of the same run. Raises CheckpointError if it is not finished."""
     folder = loop.run.path.parent / "dream" / "checkpoints"
     found = newest_checkpoint(folder)
-    if found is None or found[1]["iteration"] < loop.config.training.num_iterations:
+    if found is None or not (found[1].get("stopped") or found[1]["iteration"] >= loop.config.training.num_iterations):
         raise CheckpointError(f"s2r continues the dream arm, which is not finished in {str(folder)!r}; train it first")
     return folder, found[1]
 
@@ -349,6 +350,7 @@ def run_iteration(
         validate(loop, row)
         if dreams and is_main(loop.accelerator):
             measure_dream(loop, row, dreams)
+        loop.stopped = from_main(lambda: too_optimistic(loop, row), loop.accelerator)
     row["time/iteration"] = time.monotonic() - start
     write_iteration(loop, row, trajectories)
     loop.whole = True
@@ -528,6 +530,12 @@ def measure_dream(
         shares |= {"reward_precision": found.reward.precision, "reward_recall": found.reward.recall}
     row |= {f"dream/{name}": part.value for name, part in shares.items() if part.n}
 
+
+def too_optimistic(loop: ArmLoop, row: dict[str, Any]) -> bool:
+    """Whether the gap just measured is above `training.gap_stop`."""
+    limit = loop.config.training.gap_stop
+    return limit is not None and row.get("dream/gap", 0.0) > limit
+
 # %% ../../nbs/training/36a_arms.ipynb #ee9da16d
 def write_iteration(
     loop: ArmLoop,
@@ -563,7 +571,7 @@ def save_arm(
         return
     run, training, section = loop.run, loop.config.training, loop.config.policy_model
     facts: dict[str, Any] = {"offset": run.offset(), "episodes_offset": (run.path / "episodes.jsonl").stat().st_size}
-    facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm}
+    facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm, "stopped": loop.stopped}
     facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(memory(loop))}
     facts["limits"] = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
     kept = {"curriculum.json": loop.known} | ({DREAMER: loop.model.client.language_model} if evolves(loop) else {})

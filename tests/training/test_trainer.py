@@ -107,6 +107,30 @@ def test_few_worlds_are_all_that_a_dream_knows_and_all_that_is_counted(whole, tm
         assert torch.equal(weight, ready.policy.state_dict()[name])
 
 
+def test_a_dream_that_is_too_good_ends_and_s2r_goes_on_from_it(whole, tmp_path, monkeypatch):
+    """The gap of the first iteration is above the limit; the same command again, and s2r, know that it ended there."""
+
+    def measured(loop, row, dreams):
+        row["dream/gap"] = 0.5
+
+    monkeypatch.setattr(arms, "measure_dream", measured)
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    limits = {"training__gap_stop": 0.4, "training__s2r_iterations": 1, "training__mode": "s2r"}
+    for _ in range(2):
+        t = trainer(tmp_path, **limits)
+        t.fit(t.prepare(), "dream")
+        assert [row["iteration"] for row in metrics(tmp_path / "dream")] == [0, 1]
+    t.fit(t.prepare(), "s2r")
+    assert [row["rollout/source"] for row in metrics(tmp_path / "s2r")[1:]] == ["real"]
+
+
+def test_a_gap_below_the_limit_stops_nothing(whole, tmp_path):
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    t = trainer(tmp_path, training__gap_stop=1.0)
+    t.fit(t.prepare(), "dream")
+    assert metrics(tmp_path / "dream") == metrics(whole / "dream")
+
+
 def test_another_seed_is_another_run(whole, tmp_path):
     t = trainer(tmp_path, training__seed=1)
     t.fit(t.prepare(), "dream")

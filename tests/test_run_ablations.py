@@ -201,6 +201,19 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert ab.summarise_ablations([], chosen, stamps) == {}
 
 
+def test_a_sweep_has_the_full_method_among_its_values_in_order():
+    full = ab.full_method(Setting()).load(0)
+    names = ["buffer.top_k=4", "buffer.top_k=0", "reasoning_model.train_worlds=300", "reasoning_model.train_worlds=75"]
+    names += ["reasoning_model.verify=true", "curriculum.synthetic_fraction_max=.5", "replay"]
+    found = ab.sweeps_of({name: {"name": name} for name in ["full", *names]}, full)
+    assert {key: [(value, row["name"]) for value, row in rows.items()] for key, rows in found.items()} == {
+        "buffer.top_k": [("0", names[1]), ("1", "full"), ("4", names[0])],
+        "reasoning_model.train_worlds": [("75", names[3]), ("300", names[2]), ("null", "full")],
+        "reasoning_model.verify": [("false", "full"), ("true", names[4])],
+        "curriculum.synthetic_fraction_max": [("0.25", "full"), (".5", names[5])],
+    }
+
+
 # ---- notebook
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/41_ablations.ipynb #4f4e3089
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept',
            'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
-           'summarise_ablations', 'run_ablations', 'table_of_ablations', 'plot_ablations']
+           'summarise_ablations', 'run_ablations', 'table_of_ablations', 'plot_ablations', 'sweeps_of', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -261,6 +262,7 @@ def plot_ablations(
     """What each ablation changes, with intervals over seeds, and the paper's numbers as marks."""
     names = [name for name in summary if "minus_full" in summary[name]]
     figure, axes = new_axes("", "minus the full method (points)", title)
+    figure.set_size_inches(max(5.0, 1 + 0.75 * len(names)), 3)
     for x, name in enumerate(names):
         lost = {key: 100 * value for key, value in summary[name]["minus_full"].items() if value is not None}
         error = [[lost["mean"] - lost["low"]], [lost["high"] - lost["mean"]]] if "low" in lost else None
@@ -287,4 +289,43 @@ def plot_ablations(
     counts = sorted({(summary[name]["n"], summary[name]["minus_full"]["seeds"]) for name in names})
     said = " or ".join(f"n={n} games, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in counts)
     axes.set_xlabel(f"{said}; 95 % intervals over seeds", fontsize=8)
+    return figure
+
+# %% ../../nbs/training/41_ablations.ipynb #dbacce94
+def sweeps_of(
+    summary: Mapping[str, Row],  # of summarise_ablations
+    full: Config,  # of the full method
+) -> dict[str, dict[str, Row]]:  # dotted key: value: its row, in order; 'null', 'true' and 'false' last
+    """What was swept, with the full method among the values."""
+    found: dict[str, dict[str, Row]] = {}
+    for name, row in summary.items():
+        key, _, value = name.partition("=")
+        if value:
+            own = value_of(full, key)
+            mine = f"{own:g}" if isinstance(own, float) else json.dumps(own)
+            found.setdefault(key, {mine: summary[FULL]})[value] = row
+
+    def rank(pair: tuple[str, Row]) -> float:
+        return float(pair[0]) if pair[0][0] in "-+.0123456789" else float("inf")
+
+    return {key: dict(sorted(rows.items(), key=rank)) for key, rows in found.items()}
+
+# %% ../../nbs/training/41_ablations.ipynb #7a75b0dc
+def plot_sweep(
+    key: str,  # 'buffer.top_k'
+    rows: Mapping[str, Row],  # value: its row
+    title: str = "",
+) -> Any:  # figure
+    """Success by value with intervals over seeds; below each value the hazard and the real transitions."""
+    figure, axes = new_axes("", "success (share of games)", title)
+    figure.set_size_inches(max(5.0, 1 + 1.1 * len(rows)), 3)
+    for x, row in enumerate(rows.values()):
+        error = [[row["success"] - row["low"]], [row["high"] - row["success"]]]
+        axes.errorbar(x, row["success"], error, marker="o", capsize=4, color=COLOURS["dream"])
+    axes.plot([row["success"] for row in rows.values()], color=COLOURS["dream"])
+    hazards = ["–" if row["hazard"] is None else f"{row['hazard']:.3f}" for row in rows.values()]
+    lines = [f"{value}\nhazard {h}\n{row['real_transitions']:,.0f}" for (value, row), h in zip(rows.items(), hazards)]
+    axes.set_xticks(range(len(rows)), lines, fontsize=8)
+    counts = sorted({row["n"] for row in rows.values()})
+    axes.set_xlabel(f"{key}, hazard, real transitions (n={'/'.join(map(str, counts))} games)", fontsize=8)
     return figure

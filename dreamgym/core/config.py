@@ -282,9 +282,7 @@ class TrainingConfig(Section):
     control: bool = Field(True, description="train the real control beside the dream [ours]")
     parallel_control: bool = Field(False, description="train the real control in a process of its own [ours]")
     gap_limit: float = Field(0.2, ge=0, description="warn above this dream success minus real success [ours]")
-    gap_stop: float | None = Field(
-        None, gt=0, description="dream no further above this dream success minus real success; null: go on [ours]"
-    )
+    gap_stop: float | None = Field(None, gt=0, description="above this one the dream ends; null: go on [ours]")
     save_every: int = Field(1, gt=0, description="iterations between checkpoints [ours]")
     keep_last: int = Field(3, gt=0, description="newest checkpoints kept [ours]")
     keep_every: int = Field(0, ge=0, description="keep every such checkpoint too; 0: none (iterations) [ours]")

@@ -27,7 +27,7 @@ from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, re
 from ..environments.offline_readers import read_trajectories
 from ..models.annotation import AnnotationReport, annotate
 from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
-from ..models.reasoning_model import ReasoningExperienceModel, parse_target, render_target, reward_line
+from ..models.reasoning_model import ReasoningExperienceModel, parse_target, render_target
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import write_json
 from .baselines import CloningReport, clone, demonstrations
@@ -109,8 +109,7 @@ def environment_texts(
     assert env.mapper is not None
     texts = {"fail ok no change reward 0 1 end seen before action"}
     for e in experiences:
-        texts |= {e.state, e.action, e.next_state, e.reasoning, env.mapper.diff(e.state, e.next_state)}
-        texts.add(reward_line(e.reward, e.terminated))
+        texts |= {e.state, e.action, e.next_state, render_target(e, env.mapper)}
     return texts
 
 # %% ../../nbs/training/35a_preparation.ipynb #028898f8
@@ -221,19 +220,23 @@ def lost_targets(
     tokenizer: Any,
     reasoning: bool = True,
 ) -> list[tuple[str, str]]:  # target, and what its tokens say
-    """Targets that tokens cannot express: read back, they mean something else, or nothing."""
+    """Targets that tokens cannot express: read back, they mean another state to model or mapper, or nothing."""
     targets = [render_target(e, mapper, reasoning) for e in experiences]
     ids = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
     read = tokenizer.batch_decode(ids)
 
     def meaning(text: str, e: Experience) -> Any:
         try:
-            return parse_target(text, e.state, e.action, mapper, reasoning)[1:]
+            _, state, *outcome = parse_target(text, e.state, e.action, mapper, reasoning)
         except PredictionError:
             return None
+        return tokenizer(state, add_special_tokens=False)["input_ids"], mapper.admissible_actions(state), outcome
 
-    rows = zip(targets, read, experiences, strict=True)
-    return [(a, b) for a, b, e in rows if a != b and (meaning(b, e) is None or meaning(a, e) != meaning(b, e))]
+    def lost(told: str, tokens: list[int], heard: str, e: Experience) -> bool:
+        unsaid = tokenizer.unk_token_id in tokens or meaning(heard, e) is None
+        return told != heard and (unsaid or meaning(told, e) != meaning(heard, e))
+
+    return [(row[0], row[2]) for row in zip(targets, ids, read, experiences, strict=True) if lost(*row)]
 
 # %% ../../nbs/training/35a_preparation.ipynb #853248e7
 def check_tokens(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig
-from dreamgym.core.data_structures import Experience
+from dreamgym.core.data_structures import Experience, Task
 from dreamgym.core.errors import ConfigError, DataError
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import TranscriptMapper, make_environment
@@ -174,21 +174,38 @@ def test_splits_never_share_a_task_or_a_world(rows, by):
         split_experiences([replace(rows[0], **{by: ""})], by=by)
 
 
+class Keyed(TranscriptMapper):
+    """Keeps what it is told, and needs the colon of a note."""
+
+    def merge(self, state, delta):
+        if delta.startswith("note") and ":" not in delta:
+            raise ValueError("expected a colon")
+        return super().merge(state, delta)
+
+
+def test_a_transcript_may_lose_what_no_model_reads():
+    """Its text comes back without commas; policy and experience model see the same tokens."""
+    mapper = TranscriptMapper()
+    state = mapper.start(Task("t", "find it"), "here")
+    after = mapper.update(state, "look", "a desk 1, a mug 2, and nothing: else.")
+    rows = [Experience(state, "look", 0.0, after, False, reasoning="")]
+    tokenizer = train_tokenizer([state, after, "look no reasoning reward 0"])
+    assert lost_targets(rows, mapper, tokenizer) == []
+    unknown = train_tokenizer([state, "look no reasoning reward 0 ="])  # lacks the words
+    assert len(lost_targets(rows, mapper, unknown)) == 1
+
+
 def test_what_tokens_cannot_say_is_told_before_training(env, rows, small, caplog):
     assert lost_targets(rows, env.mapper, small.tokenizer) == [], "the household reads its changes without punctuation"
-    mapper, states = TranscriptMapper(), [
-        "find it\n0",
-        "find it\n0\nlook = a note: five, six",
-        "find it\n0\nlook = a mug",
-    ]
+    mapper, states = Keyed(), ["find it\n0", "find it\n0\nnote: five, six", "find it\n0\na mug"]
     good, bad = (Experience(states[0], "look", 0.0, after, False, reasoning="why") for after in states[:0:-1])
     tokenizer = train_tokenizer([*states, "why reward 0 look"])
     assert [kept for kept, _ in lost_targets([good, bad], mapper, tokenizer)] == [
-        "why\nlook = a note: five, six\nreward 0"
+        "why\nnote: five, six\nreward 0"
     ]
     check_tokens([good], mapper, tokenizer)
     assert not caplog.records
     check_tokens([good, good, bad], mapper, tokenizer)
-    assert "1 of 3 targets" in caplog.text and "a note: five, six" in caplog.text
+    assert "1 of 3 targets" in caplog.text and "note: five, six" in caplog.text
     with pytest.raises(ConfigError, match="2 of 3 targets .*drops colons and commas"):
         check_tokens([good, bad, bad], mapper, tokenizer)

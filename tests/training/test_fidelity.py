@@ -4,12 +4,13 @@ import json
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig
+from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig, load_config
 from dreamgym.core.data_structures import Experience, Task, Trajectory, Turn
 from dreamgym.core.llm import Reply
 from dreamgym.environments.base_env import make_environment
@@ -20,6 +21,7 @@ from dreamgym.environments.offline import EXPERT, RANDOM, Behaviour, record
 from dreamgym.models.experience_sft import training_queries
 from dreamgym.models.reasoning_model import ReasoningExperienceModel, render_target
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
+from dreamgym.training import arms
 from dreamgym.training.fidelity import (
     FidelityReport,
     beside_real,
@@ -406,6 +408,27 @@ def test_expert_actions_win_for_real_and_shortened_ones_do_not(env):
     assert all(row["agree"] and not row["violations"] for row in rows) and "reward 1" in rows[-1]["real"]
     with pytest.raises(ValueError, match="is generated"):
         wm2real([replace(won[0], task=replace(won[0].task, source="generated"))], env)
+
+
+def test_an_evaluation_in_training_tells_honest_dreams_from_others(env, monkeypatch):
+    """Half of the dreams claims its success one turn early: half of the wins is real, and as many rewards deserved."""
+    tasks = env.tasks("seen")[:8]
+    by_id = {task.id: task for task in tasks}
+    dreams = [as_dream(e, by_id[e[0].task_id]) for e in record(env, tasks, EXPERT) if e[-1].reward][:6]
+    early = [replace(d, turns=[*d.turns[:-2], replace(d.turns[-2], reward=1.0)]) for d in dreams[3:]]
+    early = [replace(d, final_state=full.turns[-1].state) for d, full in zip(early, dreams[3:], strict=True)]
+    config = load_config(None, "alfworld", "smoke", "training.gap_episodes=6")
+    loop = SimpleNamespace(config=config, ready=SimpleNamespace(env=env), player=None, iteration=1)
+    monkeypatch.setattr(arms, "evaluate_policy", lambda *_, **__: SimpleNamespace(outcomes=[True] * 3 + [False] * 3))
+    rows = []
+    for played in (dreams, dreams[:3] + early, [replace(d, success=False, terminated=False) for d in early]):
+        rows.append({})
+        arms.measure_dream(loop, rows[-1], played)
+    honest, half, lost = ({k.removeprefix("dream/"): v for k, v in row.items()} for row in rows)
+    assert honest["gap"] == 0.5 and honest["hazard"] == 0
+    assert honest["wm2real"] == honest["reward_precision"] == honest["reward_recall"] == 1
+    assert half["wm2real"] == half["reward_precision"] == 0.5 and half["hazard"] > 0
+    assert lost["success"] == 0 and "wm2real" not in lost and "reward_precision" not in lost
 
 
 def test_a_dream_that_goes_on_after_the_real_end(env):

@@ -200,9 +200,7 @@ def test_what_tokens_cannot_say_is_told_before_training(env, rows, small, caplog
     mapper, states = Keyed(), ["find it\n0", "find it\n0\nnote: five, six", "find it\n0\na mug"]
     good, bad = (Experience(states[0], "look", 0.0, after, False, reasoning="why") for after in states[:0:-1])
     tokenizer = train_tokenizer([*states, "why reward 0 look"])
-    assert [kept for kept, _ in lost_targets([good, bad], mapper, tokenizer)] == [
-        "why\nnote: five, six\nreward 0"
-    ]
+    assert [kept for kept, _ in lost_targets([good, bad], mapper, tokenizer)] == ["why\nnote: five, six\nreward 0"]
     check_tokens([good], mapper, tokenizer)
     assert not caplog.records
     check_tokens([good, good, bad], mapper, tokenizer)

@@ -97,7 +97,7 @@ def test_few_worlds_are_all_that_a_dream_knows_and_all_that_is_counted(whole, tm
     rows = [e for _, e in read_rows(everything.buffer.db, "1")]
     known = {task.id for task in everything.tasks[:2]}
     shown = demonstration_rows(rows, 24)
-    assert len(everything.tasks) == 6 and [task.id for task in ready.tasks] == [task.id for task in everything.tasks[:2]]
+    assert len(everything.tasks) == 6 and [task.id for task in ready.tasks] == [t.id for t in everything.tasks[:2]]
     assert [e for _, e in read_rows(ready.buffer.db, "1")] == [e for e in rows if e.task_id in known]
     counted = [e for e in rows if e.task_id in known or e in shown]
     turns = [max(e.turn for e in counted if e.episode_id == name) + 1 for name in {e.episode_id for e in counted}]

@@ -261,14 +261,14 @@ def plot_ablations(
 ) -> Any:  # figure
     """What each ablation changes, with intervals over seeds, and the paper's numbers as marks."""
     names = [name for name in summary if "minus_full" in summary[name]]
-    figure, axes = new_axes("", "minus the full method (points)", title)
+    figure, axes = new_axes("", "minus the full (points)", title)
     figure.set_size_inches(max(5.0, 1 + 0.75 * len(names)), 3)
     for x, name in enumerate(names):
         lost = {key: 100 * value for key, value in summary[name]["minus_full"].items() if value is not None}
         error = [[lost["mean"] - lost["low"]], [lost["high"] - lost["mean"]]] if "low" in lost else None
         axes.bar(x, lost["mean"], width=0.6, color=COLOURS["dream"], yerr=error, capsize=4)
         axes.annotate(
-            f"{lost['mean']:+.1f}",
+            f"{round(lost['mean'], 1) or 0.0:+.1f}",
             (x, max(0, lost.get("high", 0))),
             (0, 3),
             textcoords="offset points",

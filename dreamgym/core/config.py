@@ -24,10 +24,10 @@ from .errors import ConfigError, unknown_name
 
 # %% auto #0
 __all__ = ['SECTIONS', 'REPORTING', 'unknown_key', 'describe_problem', 'Section', 'ExperienceTraining', 'ReasoningModelConfig',
-           'PolicyModelConfig', 'BufferConfig', 'CurriculumConfig', 'RLConfig', 'TrainingConfig', 'EnvironmentConfig',
-           'Config', 'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value', 'read_tree',
-           'project_root', 'project_path', 'resolve_preset', 'preset_paths', 'split_override', 'parse_overrides',
-           'load_config', 'check_parameters', 'save_config', 'config_hash', 'config_template']
+           'PolicyModelConfig', 'BufferConfig', 'CurriculumConfig', 'RLConfig', 'ArmTraining', 'TrainingConfig',
+           'EnvironmentConfig', 'Config', 'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value',
+           'read_tree', 'project_root', 'project_path', 'resolve_preset', 'preset_paths', 'split_override',
+           'parse_overrides', 'load_config', 'check_parameters', 'save_config', 'config_hash', 'config_template']
 
 # %% ../../nbs/core/02_config.ipynb #13a2f83b
 def unknown_key(
@@ -253,9 +253,9 @@ class RLConfig(Section):
     dpo_beta: float = Field(0.1, gt=0, description="weight of staying near the clone; dpo only [ours]")
     dpo_lr: float = Field(1e-4, gt=0, description="peak learning rate; dpo only [ours]")
 
-# %% ../../nbs/core/02_config.ipynb #69f5e7f3
-class TrainingConfig(Section):
-    """Section `training`: the loop, its evaluations and its files."""
+# %% ../../nbs/core/02_config.ipynb #d12bc6c4
+class ArmTraining(Section):
+    """Where an arm trains, how long, and on how many episodes."""
 
     section: ClassVar[str] = "training"
     mode: Literal["dream", "real", "s2r"] = Field("dream", description="where the policy trains; s2r: both [paper]")
@@ -272,6 +272,11 @@ class TrainingConfig(Section):
     )
     batch_size: int = Field(256, gt=0, description="episodes per iteration [ours]; 128 [verl-agent]")
     seed: int = Field(0, ge=0, description="seed of every random choice [ours]")
+
+# %% ../../nbs/core/02_config.ipynb #69f5e7f3
+class TrainingConfig(ArmTraining):
+    """Section `training`: the loop, its evaluations and its files."""
+
     eval_every: int = Field(3, ge=0, description="iterations between evaluations; 0: only at the end [ours]")
     eval_episodes: int = Field(400, gt=0, description="real games of a closing evaluation (episodes) [ours]")
     eval_temperature: float = Field(0.0, ge=0, description="policy's temperature in evaluation; 0 is greedy [ours]")

@@ -34,7 +34,7 @@ from . import checkpoints, scale
 from .advantages import Estimator
 from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, read_manifest, save_checkpoint
-from .fidelity import on_policy, wm2real
+from .fidelity import dream_metrics
 from .fine_tuning import own_copy, refresh_by
 from .grpo import GRPOSettings, grpo_update, make_group_batch
 from .play import evaluate_policy, play_settings
@@ -44,12 +44,12 @@ from .rollout import rollout, rollout_metrics
 from .scale import autocast, from_main, gather_weights, is_main, lora_layers, share_of, trainable
 
 # %% auto #0
-__all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
-           'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'check_algorithm',
-           'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'finished_dream',
-           'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts',
-           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'measure_dream', 'too_optimistic',
-           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
+__all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'Progress', 'ArmLoop', 'evolves', 'memory', 'group_size',
+           'within_budget', 'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success',
+           'check_algorithm', 'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream',
+           'finished_dream', 'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer',
+           'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate',
+           'measure_dream', 'too_optimistic', 'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 log = logging.getLogger(__name__)
@@ -79,9 +79,21 @@ class Prepared:
         """Real transitions of the episodes that the policy was cloned from."""
         return self.counts["demonstrations"]
 
+# %% ../../nbs/training/36a_arms.ipynb #235cb008
+@dataclass(kw_only=True)
+class Progress:
+    """How far an arm has come; checkpoints remember it."""
+
+    iteration: int = 0
+    real_transitions: int = 0
+    fresh_from: int = 0  # iteration at which the critic was new
+    best: dict[str, Any] = field(default_factory=lambda: {"iteration": 0, "success": -1.0})
+    stopped: bool = False  # dreams have passed `training.gap_stop`
+    known: dict[str, Any] = field(default_factory=dict)  # the curriculum's state after `iteration`
+
 # %% ../../nbs/training/36a_arms.ipynb #45e7ec11
 @dataclass
-class ArmLoop:
+class ArmLoop(Progress):
     """State of one arm between iterations."""
 
     config: Config
@@ -93,17 +105,11 @@ class ArmLoop:
     reference: Policy | None  # the cloned start, for the KL term; None: the policy without its adapters
     optimizer: Any
     accelerator: Any = None  # None: one process on a CPU
-    iteration: int = 0
-    real_transitions: int = 0
-    fresh_from: int = 0  # iteration at which the critic was new
-    best: dict[str, Any] = field(default_factory=lambda: {"iteration": 0, "success": -1.0})
-    stopped: bool = False  # dreams have passed `training.gap_stop`
     guard: FiniteGuard = field(default_factory=FiniteGuard)
     trackers: Sequence[Any] = ()  # accelerate's, besides the run's own files
     model: Any = None  # the ReasoningExperienceModel that dreams, the arm's own where it is refreshed
     whole: bool = True  # weights, counters and metrics are those of `iteration`; False in the middle of an update
     curriculum: CurriculumTaskGenerator = field(init=False)  # that of rank 0 counts
-    known: dict[str, Any] = field(default_factory=dict)  # the curriculum's state after `iteration`
     twin: Policy | None = None  # on rank 0, the whole of a policy that is spread over ranks
 
     @property
@@ -517,18 +523,10 @@ def measure_dream(
         return
     temperature, tasks = loop.config.rl.temperature, [t.task for t in dreams]
     real = evaluate_policy(loop.player, env, tasks, temperature, loop.iteration, section=section).outcomes
-    dreamt, happened = sum(bool(t.success) for t in dreams) / len(dreams), sum(real) / max(len(real), 1)
-    row |= {"dream/success": dreamt, "dream/real_success": happened, "dream/gap": dreamt - happened}
-    row["dream/gap_n"] = len(dreams)
-    if dreamt - happened > training.gap_limit:
-        log.warning("dreams are %.2f more successful than reality (limit %.2f)", dreamt - happened, training.gap_limit)
-    shares = {"wm2real": wm2real(dreams, env).success}
-    if env.verify:
-        found = on_policy(dreams, env.verify)
-        hazard = found.hazard
-        row |= {"dream/hazard": hazard.value, "dream/hazard_se": hazard.se, "dream/hazard_steps": hazard.steps}
-        shares |= {"reward_precision": found.reward.precision, "reward_recall": found.reward.recall}
-    row |= {f"dream/{name}": part.value for name, part in shares.items() if part.n}
+    found = dream_metrics(dreams, real, env)
+    row |= {f"dream/{name}": value for name, value in found.items()}
+    if found["gap"] > training.gap_limit:
+        log.warning("dreams are %.2f more successful than reality (limit %.2f)", found["gap"], training.gap_limit)
 
 
 def too_optimistic(loop: ArmLoop, row: dict[str, Any]) -> bool:

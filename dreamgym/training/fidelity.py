@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['dream_steps', 'Violation', 'first_violation', 'Depth', 'by_depth', 'OnPolicy', 'on_policy', 'RealityGap',
-           'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'Drift', 'Divergence',
-           'divergence', 'change_text', 'beside_real', 'html_table', 'FidelityReport', 'report_tables', 'turned',
-           'plain', 'plot_hazard_by_depth', 'plot_divergence', 'plot_calibration', 'measure_fidelity']
+           'success_by_task', 'reality_gap', 'Replay', 'real_continuation', 'wm2real', 'dream_metrics', 'Drift',
+           'Divergence', 'divergence', 'change_text', 'beside_real', 'html_table', 'FidelityReport', 'report_tables',
+           'turned', 'plain', 'plot_hazard_by_depth', 'plot_divergence', 'plot_calibration', 'measure_fidelity']
 
 # %% ../../nbs/training/36_fidelity.ipynb #8ffe6a73
 def dream_steps(
@@ -244,6 +244,22 @@ def wm2real(
         aborted += results[-1].aborted is not None
         won += results[-1].success is True
     return Replay(share(won, len(chosen) - aborted), transitions, aborted)
+
+# %% ../../nbs/training/36_fidelity.ipynb #acae1ea2
+def dream_metrics(
+    dreams: Sequence[Trajectory],  # of real tasks, at least one, none aborted
+    outcomes: Sequence[bool],  # of the same policy for real on these tasks; aborted games are left out
+    env: Environment,
+) -> dict[str, float]:  # success, gap, WM2Real; hazard and rewards where rules are known. What has no case is absent
+    """What dreams are worth beside reality."""
+    dreamt, happened = sum(bool(t.success) for t in dreams) / len(dreams), sum(outcomes) / max(len(outcomes), 1)
+    row = {"success": dreamt, "real_success": happened, "gap": dreamt - happened, "gap_n": len(dreams)}
+    shares = {"wm2real": wm2real(dreams, env).success}
+    if env.verify:
+        found = on_policy(dreams, env.verify)
+        row |= {"hazard": found.hazard.value, "hazard_se": found.hazard.se, "hazard_steps": found.hazard.steps}
+        shares |= {"reward_precision": found.reward.precision, "reward_recall": found.reward.recall}
+    return row | {name: part.value for name, part in shares.items() if part.n}
 
 # %% ../../nbs/training/36_fidelity.ipynb #178df854
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'within_worlds', 'played_turns',
            'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
            'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
-           'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings', 'check_arm',
-           'claim_folder', 'describe']
+           'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
+           'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(
@@ -349,9 +349,7 @@ class DreamGymTrainer:
         home, dreamer = prep.homes(self.config, self.folder)
         with main_first(self.accelerator):
             ready = read_or_make(self, home)
-        ready = within_worlds(ready, self.config) if dream else ready
-        ready.model = read_or_train(self, ready, home, dreamer) if dream and self.main else None  # only rank 0 dreams
-        return ready
+        return with_dreams(self, ready, home, dreamer) if dream else ready
 
     def fit(
         self,
@@ -384,6 +382,12 @@ def read_or_make(trainer: DreamGymTrainer, home: Path) -> Prepared:
             prep.keep_ledger(trainer.client, trainer.folder)
 
 # %% ../../nbs/training/37_trainer.ipynb #688af5eb
+def with_dreams(trainer: DreamGymTrainer, ready: Prepared, home: Path, dreamer: Path) -> Prepared:
+    """The worlds that the experience model knows, and the model itself; only rank 0 dreams."""
+    ready = within_worlds(ready, trainer.config)
+    return replace(ready, model=read_or_train(trainer, ready, home, dreamer) if trainer.main else None)
+
+
 def read_or_train(trainer: DreamGymTrainer, ready: Prepared, home: Path, dreamer: Path) -> ReasoningExperienceModel:
     """The experience model; one process trains it."""
     there = trainer.client is not None or (dreamer / "trained.json").is_file()

@@ -164,7 +164,7 @@ def settings_of(
     """The setting of each ablation. Raises ConfigError for one that changes nothing, or cannot be used."""
     found = {name: replace(full, overrides=f"{full.overrides} {a.overrides}".strip()) for name, a in chosen.items()}
     for name, setting in found.items():
-        if name != FULL and name in {**ABLATIONS, **REMEDIES} and setting.hash(0) == full.hash(0):
+        if name != FULL and "=" not in name and setting.hash(0) == full.hash(0):
             raise ConfigError(f"ablation {name!r} changes nothing: the runs have {chosen[name].overrides} already")
     return found
 

@@ -104,11 +104,27 @@ def test_an_environment_without_a_generator_generates_nothing(monkeypatch):
         ("sweep:lr=1", "reasoning_model.lr, rl.lr"),
         ("sweep:top_k", "such as 'sweep:top_k=0,1,2,4'"),
         ("sweep:top_k=1,histry", "did you mean 'history'"),
+        ("verifier+refesh", "did you mean 'refresh'"),
+        ("verifier+", "unknown ablation ''"),
+        ("dream+refresh", "one value of reasoning_model.refresh_every, they want 0 and 3"),
+        ("dream+replay", "a real one"),
     ],
 )
 def test_bad_names(text, said):
     with pytest.raises(ConfigError, match=said):
         ab.parse_ablations(text)
+
+
+def test_several_together():
+    chosen = ab.parse_ablations("kl, pessimism + votes+same-world,sweep:top_k=2")
+    assert list(chosen) == ["full", "kl", "pessimism+votes+same-world", "buffer.top_k=2"]
+    config = load_config(None, "alfworld", "smoke", chosen["pessimism+votes+same-world"].overrides)
+    assert (config.reasoning_model.votes, config.reasoning_model.pessimism, config.buffer.same_world) == (
+        3,
+        "lower",
+        False,
+    )
+    assert config.rl.kl_coef == load_config(None, "alfworld", "smoke").rl.kl_coef  # that of kl alone
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from .benchmark import Ledger, Row, Run, Setting
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept',
+__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept', 'together',
            'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
            'summarise_ablations', 'run_ablations', 'table_of_ablations', 'plot_ablations', 'sweeps_of', 'plot_sweep']
 
@@ -101,9 +101,25 @@ def swept(
     """One value of a sweep."""
     return f"{key}={value}", Ablation(f"{key.split('.')[1]} = {value}", f"{key}={value}")
 
+# %% ../../nbs/training/41_ablations.ipynb #3283824e
+def together(
+    names: Sequence[str],  # of ABLATIONS and REMEDIES
+) -> Ablation:
+    """All of them in the same run. Raises ConfigError where two want different values of a setting, or other methods."""
+    parts = [{**ABLATIONS, **REMEDIES}[name] for name in names]
+    said: dict[str, str] = {}
+    for text in " ".join(part.overrides for part in parts).split():
+        key, _, value = text.partition("=")
+        if said.setdefault(key, value) != value:
+            raise ConfigError(f"{'+'.join(names)}: expected one value of {key}, they want {said[key]} and {value}")
+    if len({part.method for part in parts}) > 1:
+        raise ConfigError(f"{'+'.join(names)}: a run in the dream and a real one cannot be one run")
+    overrides = " ".join(f"{key}={value}" for key, value in said.items())
+    return Ablation(", ".join(part.label for part in parts), overrides, parts[0].method)
+
 # %% ../../nbs/training/41_ablations.ipynb #6a00f208
 def parse_ablations(
-    text: str,  # 'replay,history,sweep:top_k=0,1,2,4'
+    text: str,  # 'replay,verifier+refresh,sweep:top_k=0,1,2,4'
 ) -> dict[str, Ablation]:  # by name, the full method first
     """Raises ConfigError for an ablation that does not exist, naming the nearest, or for none at all."""
     known = {**ABLATIONS, **REMEDIES}
@@ -117,10 +133,12 @@ def parse_ablations(
             chosen |= [swept(key, value)]
         elif key and re.fullmatch(r"[-+.\deE]+|true|false|null", word):
             chosen |= [swept(key, word)]
-        elif word in known:
-            chosen[word], key = known[word], ""
         else:
-            raise ConfigError(unknown_name("ablation", word, known) + " Or sweep:<setting>=<values>.")
+            names = [name.strip() for name in word.split("+")]
+            for name in names:
+                if name not in known:
+                    raise ConfigError(unknown_name("ablation", name, known) + " Or sweep:<setting>=<values>.")
+            chosen["+".join(names)], key = together(names), ""
     if len(chosen) == 1:
         raise ConfigError(f"ablations {text!r}: expected names with commas between them: {', '.join(known)}")
     return chosen

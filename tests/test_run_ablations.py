@@ -168,7 +168,7 @@ def test_one_run_for_each_setting_and_seed(tmp_path):
     said = [[w for w in word.split() if not w.startswith("training.")] for word in words[::2]]  # of seed 0
     assert [w[-1] for w in said[1:]] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
     assert "top_k" not in words[0]
-    summary = ledger.content["summary"]["ablations"]
+    (summary,) = ledger.content["summary"].values()
     assert summary["buffer.top_k=1"]["minus_full"]["mean"] == 0 and summary["buffer.top_k=1"]["seeds"] == 2
     assert summary["dream"]["success"] == pytest.approx((12 + 13) / 2 / 40)  # the row of real RL
 
@@ -180,17 +180,29 @@ def test_what_is_done_is_not_run_again(tmp_path):
     run(tmp_path, "replay,history", [0, 1], third)
     assert len(first.commands) == 2 and not second.commands and len(third.commands) == 4
     kept = json.loads((tmp_path / "a.json").read_text())
-    assert {row["seed"] for row in kept["rows"]} == {0, 1} and len(kept["summary"]["ablations"]) == 3
+    ((setting, summary),) = kept["summary"].items()
+    assert {row["seed"] for row in kept["rows"]} == {0, 1} and len(summary) == 3
     row = kept["rows"][0]
     assert row["command"].startswith("papermill nbs/run_experiment.ipynb ") and isinstance(row["commit"], str)
-    assert isinstance(row["seconds"], float) and "curriculum.difficulty_increment=0.5" in kept["summary"]["setting"]
+    assert isinstance(row["seconds"], float) and "curriculum.difficulty_increment=0.5" in setting
+
+
+def test_the_file_keeps_a_summary_of_each_full_method(tmp_path):
+    run(tmp_path, "replay,history", [0], Runner())
+    other = Setting("alfworld", "smoke", "", "reasoning_model.train_steps=7")
+    ab.run_ablations(ab.parse_ablations("replay"), [0], other, tmp_path / "a.json", tmp_path / "runs", 1, Runner())
+    run(tmp_path, "history", [0], Runner())  # nothing to run, another summary
+    first, second = json.loads((tmp_path / "a.json").read_text())["summary"].items()
+    assert (
+        "train_steps=7" in second[0] and list(first[1]) == ["full", "history"] and list(second[1]) == ["full", "replay"]
+    )
 
 
 def test_a_failed_run_is_noted_under_its_ablation(tmp_path):
     said = []
     ledger = run(tmp_path, "replay", [0, 1], Runner({("ppo", "1")}), say=said.append)
     assert sorted(f["run"] for f in ledger.failures) == ["full ppo-dream-seed1", "replay ppo-dream-seed1"]
-    assert ledger.content["summary"]["ablations"]["replay"]["minus_full"]["seeds"] == 1
+    assert next(iter(ledger.content["summary"].values()))["replay"]["minus_full"]["seeds"] == 1
     assert any(line.startswith("replay ppo-dream-seed1: FAILED") for line in said)
     assert run(tmp_path, "replay", [0, 1], Runner()).failures == []
 

@@ -250,12 +250,12 @@ def run_ablations(
     settings = settings_of(chosen, full)
     stamps = stamps_of(settings, seeds)
 
-    def summary(rows: Sequence[Row]) -> Row:
-        return {"setting": full.name, "ablations": summarise_ablations(rows, chosen, stamps)}
+    def summary(rows: Sequence[Row]) -> Row:  # that of other full methods is kept
+        return ledger.content.get("summary", {}) | {full.name: summarise_ablations(rows, chosen, stamps)}
 
     ledger = Ledger(path, [stamp for by_seed in stamps.values() for stamp in by_seed.values()], summary)
     bm.work_off(plan_ablations(chosen, settings, stamps, ledger.rows), ledger, out_dir, workers, start, say)
-    ledger.content["summary"] = summary(ledger.rows)  # of what was asked for now, also if nothing was missing
+    ledger.note([])  # the summary is of what was asked for now, also if nothing was missing
     return ledger
 
 # %% ../../nbs/training/41_ablations.ipynb #0b984cd9

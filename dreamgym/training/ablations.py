@@ -306,7 +306,7 @@ def plot_ablations(
     axes.set_xticks(range(len(names)), labels, fontsize=8)
     counts = sorted({(summary[name]["n"], summary[name]["minus_full"]["seeds"]) for name in names})
     said = " or ".join(f"n={n} games, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in counts)
-    axes.set_xlabel(f"{said}; 95 % intervals over seeds", fontsize=8)
+    axes.set_xlabel(f"{said}\n95 % intervals over seeds", fontsize=8)
     return figure
 
 # %% ../../nbs/training/41_ablations.ipynb #dbacce94

@@ -105,7 +105,7 @@ def swept(
 def together(
     names: Sequence[str],  # of ABLATIONS and REMEDIES
 ) -> Ablation:
-    """All of them in the same run. Raises ConfigError where two want different values of a setting, or other methods."""
+    """All of them in the same run. Raises ConfigError where two want other values of a setting, or other methods."""
     parts = [{**ABLATIONS, **REMEDIES}[name] for name in names]
     said: dict[str, str] = {}
     for text in " ".join(part.overrides for part in parts).split():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_run_benchmark import Runner, quick_bootstrap  # noqa: F401, a fixture
 
@@ -119,11 +120,8 @@ def test_several_together():
     chosen = ab.parse_ablations("kl, pessimism + votes+same-world,sweep:top_k=2")
     assert list(chosen) == ["full", "kl", "pessimism+votes+same-world", "buffer.top_k=2"]
     config = load_config(None, "alfworld", "smoke", chosen["pessimism+votes+same-world"].overrides)
-    assert (config.reasoning_model.votes, config.reasoning_model.pessimism, config.buffer.same_world) == (
-        3,
-        "lower",
-        False,
-    )
+    model = config.reasoning_model
+    assert (model.votes, model.pessimism, config.buffer.same_world) == (3, "lower", False)
     assert config.rl.kl_coef == load_config(None, "alfworld", "smoke").rl.kl_coef  # that of kl alone
 
 
@@ -193,9 +191,8 @@ def test_the_file_keeps_a_summary_of_each_full_method(tmp_path):
     ab.run_ablations(ab.parse_ablations("replay"), [0], other, tmp_path / "a.json", tmp_path / "runs", 1, Runner())
     run(tmp_path, "history", [0], Runner())  # nothing to run, another summary
     first, second = json.loads((tmp_path / "a.json").read_text())["summary"].items()
-    assert (
-        "train_steps=7" in second[0] and list(first[1]) == ["full", "history"] and list(second[1]) == ["full", "replay"]
-    )
+    assert list(first[1]) == ["full", "history"] and list(second[1]) == ["full", "replay"]
+    assert "train_steps=7" in second[0]
 
 
 def test_a_failed_run_is_noted_under_its_ablation(tmp_path):
@@ -226,7 +223,21 @@ def test_differences_are_paired_by_seed(tmp_path):
     table = ab.table_of_ablations(found)
     assert table[1]["Δ mean"] == pytest.approx(-7.5) and table[1]["paper Δ, WebShop"] == pytest.approx(-4.7)
     assert "Δ mean" not in table[0] and "paper Δ, WebShop" not in table[2]
+    assert "pooled_minus_full" not in found["replay"]  # one seed in common
     assert ab.summarise_ablations([], chosen, stamps) == {}
+
+
+def test_the_pooled_error_counts_each_arm_once():
+    won = {"full": (20, 24, 30), "replay": (16, 22, 27), "history": (21, 27, 30), "buffer.top_k=0": (16, 22, 27)}
+    by_seed = {name: {s: {"success": w / 40, "of": (w, s)} for s, w in enumerate(all_)} for name, all_ in won.items()}
+    found = ab.pooled_with(by_seed)
+    x = np.array([won[name] for name in ("full", "replay", "history")]) / 40
+    residuals = [x[a, s] - x[a].mean() - x[:, s].mean() + x.mean() for a in range(3) for s in range(3)]
+    half = 2.776445 * (sum(r * r for r in residuals) / 4 * 2 / 3) ** 0.5  # 4 degrees of freedom
+    assert list(found) == ["replay", "history"] and found["history"]["arms"] == 3 and found["history"]["seeds"] == 3
+    assert found["replay"]["mean"] == pytest.approx(-3 / 40)
+    assert found["replay"]["high"] == pytest.approx(-3 / 40 + half, abs=1e-6)
+    assert ab.pooled_with({"full": by_seed["full"], "replay": {}}) == {}
 
 
 def test_a_sweep_has_the_full_method_among_its_values_in_order():

@@ -20,6 +20,7 @@ from ..core.config import Config, config_keys
 from ..core.errors import ConfigError, unknown_name
 from ..environments.base_env import make_environment
 from ..utils.plots import COLOURS, OTHER_COLOURS, new_axes
+from ..utils.statistics import pooled_differences
 from . import benchmark as bm
 from .benchmark import Ledger, Row, Run, Setting
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept', 'together',
-           'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
+           'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations', 'pooled_with',
            'summarise_ablations', 'run_ablations', 'table_of_ablations', 'plot_ablations', 'sweeps_of', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
@@ -212,6 +213,25 @@ def plan_ablations(
             jobs.setdefault((stamps[name][run.seed], ablation.method), job)
     return list(jobs.values())
 
+# %% ../../nbs/training/41_ablations.ipynb #3afe0628
+def pooled_with(
+    by_seed: Mapping[str, Mapping[int, Row]],  # name -> seed -> row, the full method's too
+) -> dict[str, Row]:  # by name: 'mean', 'low', 'high', 'seeds', 'arms'
+    """Differences to the full method on the seeds that all have, with the error of all; none for fewer than two."""
+    arms: dict[str, Mapping[int, Row]] = {}
+    for name, rows in by_seed.items():
+        if rows and rows not in arms.values():  # a sweep's point may be another arm once more
+            arms[name] = rows
+    seeds = sorted(set.intersection(*(set(rows) for rows in arms.values()))) if FULL in arms else []
+    if len(arms) < 2 or len(seeds) < 2:
+        return {}
+    others = [name for name in arms if name != FULL]
+    found = pooled_differences([[arms[name][seed]["success"] for seed in seeds] for name in (FULL, *others)])
+    return {
+        name: {"mean": e.value, "low": e.low, "high": e.high, "seeds": e.n, "arms": len(arms)}
+        for name, e in zip(others, found, strict=True)
+    }
+
 # %% ../../nbs/training/41_ablations.ipynb #2e112fa5
 def summarise_ablations(
     rows: Sequence[Row],
@@ -232,6 +252,8 @@ def summarise_ablations(
         if name != FULL and shared:
             pairs = ([table[s]["success"] for s in shared] for table in (by_seed[name], by_seed[FULL]))
             found[name]["minus_full"] = bm.difference(*pairs)
+    for name, pooled in pooled_with(by_seed).items():
+        found[name]["pooled_minus_full"] = pooled
     return found
 
 # %% ../../nbs/training/41_ablations.ipynb #c1d88c2b
@@ -268,6 +290,8 @@ def table_of_ablations(
         keys = ("seeds", "success", "low", "high", "n", "real_transitions", "dream_success", "hazard")
         lost = found.get("minus_full", {})
         ours = {f"Δ {key}": 100 * lost[key] for key in ("mean", "low", "high") if lost.get(key) is not None}
+        wide = found.get("pooled_minus_full", {})
+        ours |= {f"pooled Δ {key}": 100 * wide[key] for key in ("mean", "low", "high") if wide}
         paper = {f"paper Δ, {p}": n[name] - n[FULL] for p, n in PAPER.items() if name in n and name != FULL}
         table.append({"ablation": found["label"]} | {key: found[key] for key in keys} | ours | paper)
     return table

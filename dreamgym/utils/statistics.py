@@ -14,7 +14,7 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['Estimate', 'normal_quantile', 'wilson_interval', 'interquartile_mean', 'stratified_bootstrap', 'paired_difference',
-           'Hazard', 'first_violation_hazard']
+           'pooled_differences', 'Hazard', 'first_violation_hazard']
 
 # %% ../../nbs/utils/06_statistics.ipynb #de9ee521
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,24 @@ def paired_difference(
     d = np.asarray(a, float) - np.asarray(b, float)
     half = float(t.ppf((1 + confidence) / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)))
     return Estimate(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half, len(d))
+
+# %% ../../nbs/utils/06_statistics.ipynb #b21de58c
+def pooled_differences(
+    values: Sequence[Sequence[float]],  # (arms, seeds); the control first
+    confidence: float = 0.95,
+) -> list[Estimate]:  # of each other arm
+    """Mean differences to the control, the error taken from all arms (two-way layout without interaction)."""
+    from scipy.stats import t
+
+    x = np.asarray(values, float)
+    if x.ndim != 2 or min(x.shape) < 2:
+        raise ValueError(f"pooled differences of shape {x.shape}: expected at least two arms on the same two seeds")
+    arms, seeds = x.shape
+    residuals = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
+    freedom = (arms - 1) * (seeds - 1)
+    half = float(t.ppf((1 + confidence) / 2, freedom) * math.sqrt((residuals**2).sum() / freedom * 2 / seeds))
+    means = (x[1:] - x[0]).mean(1)
+    return [Estimate(float(mean), float(mean) - half, float(mean) + half, seeds) for mean in means]
 
 # %% ../../nbs/utils/06_statistics.ipynb #55556d36
 @dataclass(frozen=True, slots=True)

@@ -189,10 +189,24 @@ def test_the_file_keeps_a_summary_of_each_full_method(tmp_path):
     run(tmp_path, "replay,history", [0], Runner())
     other = Setting("alfworld", "smoke", "", "reasoning_model.train_steps=7")
     ab.run_ablations(ab.parse_ablations("replay"), [0], other, tmp_path / "a.json", tmp_path / "runs", 1, Runner())
-    run(tmp_path, "history", [0], Runner())  # nothing to run, another summary
+    run(tmp_path, "history", [0], Runner())  # nothing to run
     first, second = json.loads((tmp_path / "a.json").read_text())["summary"].items()
-    assert list(first[1]) == ["full", "history"] and list(second[1]) == ["full", "replay"]
+    assert list(first[1]) == ["full", "replay", "history"] and list(second[1]) == ["full", "replay"]
     assert "train_steps=7" in second[0]
+
+
+def test_the_summary_is_of_all_commands_so_far(tmp_path):
+    run(tmp_path, "replay,verifier+refresh,sweep:top_k=2", [0], Runner())
+    run(tmp_path, "replay", [1, 2], Runner())
+    kept = json.loads((tmp_path / "a.json").read_text())
+    (name,) = kept["summary"]
+    kept["summary"][name]["a part of long ago"] = {}  # no switch of today
+    (tmp_path / "a.json").write_text(json.dumps(kept))
+    run(tmp_path, "history", [2], Runner())
+    found = json.loads((tmp_path / "a.json").read_text())["summary"][name]
+    seeds = {"full": 3, "replay": 3, "verifier+refresh": 1, "buffer.top_k=2": 1, "history": 1}
+    assert {ablation: part["seeds"] for ablation, part in found.items()} == seeds
+    assert found["replay"]["minus_full"]["seeds"] == 3
 
 
 def test_a_failed_run_is_noted_under_its_ablation(tmp_path):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
@@ -27,9 +28,10 @@ from .benchmark import Ledger, Row, Run, Setting
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'Ablation', 'swept_key', 'swept', 'together',
-           'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations', 'pooled_with',
-           'summarise_ablations', 'run_ablations', 'table_of_ablations', 'plot_ablations', 'sweeps_of', 'plot_sweep']
+__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'PANELS', 'Ablation', 'swept_key', 'swept',
+           'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
+           'pooled_with', 'summarise_ablations', 'with_earlier', 'run_ablations', 'table_of_ablations',
+           'plot_ablations', 'plot_dreams', 'sweeps_of', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def summarise_ablations(
     stamps: Stamps,
     temperature: float = 1.0,  # 0: greedy
 ) -> dict[str, Row]:  # by name, those that have rows
-    """Success of each ablation, and what it loses against the full method."""
+    """Success of each ablation, its learning curve, and what it loses against the full method."""
     found: dict[str, Row] = {}
     by_seed: dict[str, dict[int, Row]] = {}
     for name, ablation in chosen.items():
@@ -247,7 +249,7 @@ def summarise_ablations(
         mine = [row for row in rows if (row["config_hash"], row["method"], row["temperature"]) in key]
         by_seed[name] = {row["seed"]: row for row in mine}
         if mine:
-            found[name] = {"label": ablation.label} | bm.line_of(mine)
+            found[name] = {"label": ablation.label} | bm.line_of(mine) | {"curve": bm.mean_curve(mine)}
         shared = [seed for seed in by_seed[name] if seed in by_seed[FULL]]
         if name != FULL and shared:
             pairs = ([table[s]["success"] for s in shared] for table in (by_seed[name], by_seed[FULL]))
@@ -257,6 +259,21 @@ def summarise_ablations(
     return found
 
 # %% ../../nbs/training/41_ablations.ipynb #c1d88c2b
+def with_earlier(
+    chosen: Mapping[str, Ablation],
+    names: Iterable[str],  # that a file has of the same full method
+    full: Setting,
+) -> dict[str, Ablation]:  # by name, the full method first
+    """What was asked for now and before; a name that means nothing today is left out."""
+    found = {FULL: chosen[FULL]}
+    for name in names:
+        with suppress(ConfigError):
+            one = parse_ablations(f"sweep:{name}" if "=" in name else name)
+            settings_of(one, full)
+            found |= one
+    return found | dict(chosen)
+
+
 def run_ablations(
     chosen: Mapping[str, Ablation],
     seeds: Sequence[int],
@@ -272,12 +289,15 @@ def run_ablations(
     settings = settings_of(chosen, full)
     stamps = stamps_of(settings, seeds)
 
-    def summary(rows: Sequence[Row]) -> Row:  # that of other full methods is kept
-        return ledger.content.get("summary", {}) | {full.name: summarise_ablations(rows, chosen, stamps)}
+    def summary(_: Sequence[Row]) -> Row:  # over all seeds and ablations of this full method; that of others is kept
+        there, rows = ledger.content.get("summary", {}), ledger.content["rows"]
+        known = with_earlier(chosen, there.get(full.name, {}), full)
+        stamps = stamps_of(settings_of(known, full), sorted({row["seed"] for row in rows}))
+        return there | {full.name: summarise_ablations(rows, known, stamps)}
 
     ledger = Ledger(path, [stamp for by_seed in stamps.values() for stamp in by_seed.values()], summary)
     bm.work_off(plan_ablations(chosen, settings, stamps, ledger.rows), ledger, out_dir, workers, start, say)
-    ledger.note([])  # the summary is of what was asked for now, also if nothing was missing
+    ledger.note([])  # the summary is there also if nothing was missing
     return ledger
 
 # %% ../../nbs/training/41_ablations.ipynb #0b984cd9
@@ -331,6 +351,37 @@ def plot_ablations(
     counts = sorted({(summary[name]["n"], summary[name]["minus_full"]["seeds"]) for name in names})
     said = " or ".join(f"n={n} games, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in counts)
     axes.set_xlabel(f"{said}\n95 % intervals over seeds", fontsize=8)
+    return figure
+
+# %% ../../nbs/training/41_ablations.ipynb #4a2f4898
+PANELS = {"gap": "dream − real success", "hazard": "hazard per dreamt step", "wm2real": "won dreams that win for real"}
+
+
+def plot_dreams(
+    summary: Mapping[str, Row],  # of summarise_ablations
+    title: str = "",
+) -> Any:  # figure
+    """What becomes of each ablation's dreams: a ring at the first evaluation in training, a dot at the last."""
+    import matplotlib.pyplot as plt
+
+    names = [name for name in summary if any(key in point for key in PANELS for point in summary[name]["curve"])]
+    size = 9, 1.2 + 0.28 * len(names)
+    figure, panels = plt.subplots(1, len(PANELS), sharey=True, figsize=size, dpi=100, layout="constrained")
+    plt.close(figure)
+    for axes, (key, xlabel) in zip(panels, PANELS.items(), strict=True):
+        for y, name in enumerate(names):
+            values = [point[key] for point in summary[name]["curve"] if key in point]
+            colour = COLOURS["real" if name == FULL else "dream"]
+            if values:
+                axes.plot([values[0], values[-1]], [y, y], color=colour, alpha=0.5)
+                axes.plot(values[0], y, "o", color=colour, markerfacecolor="white")
+                axes.plot(values[-1], y, "o", color=colour)
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="x", alpha=0.3, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), [summary[name]["label"] for name in names], fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle(title, fontsize=10)
     return figure
 
 # %% ../../nbs/training/41_ablations.ipynb #dbacce94

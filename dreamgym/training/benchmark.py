@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DREAMS', 'CURVE', 'Method', 'parse_methods',
            'parse_seeds', 'Setting', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed',
-           'execute', 'learning_curve', 'rows_of', 'mean_of', 'over_seeds', 'over_types', 'summarise', 'against_real',
-           'difference', 'curves_of', 'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
+           'execute', 'learning_curve', 'rows_of', 'mean_of', 'mean_of_known', 'over_seeds', 'over_types', 'summarise',
+           'against_real', 'difference', 'curves_of', 'mean_curve', 'commit_of', 'Ledger', 'run_one', 'work_off',
+           'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -274,6 +275,14 @@ def mean_of(
     found = paired_difference(values, [0.0] * len(values))
     return Estimate(found.value, found.low, found.high, 0)
 
+
+def mean_of_known(
+    values: Iterable[float | None],  # one a seed; None or NaN where nothing was measured
+) -> float | None:
+    """Mean of those that are known."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
 # %% ../../nbs/training/40_benchmark.ipynb #22194d36
 def over_seeds(
     rows: Sequence[Row],  # of one method, one temperature, one setting: one a seed
@@ -357,6 +366,16 @@ def curves_of(
         if shared:
             found[method.label] = shared, [mean_of([curve[i] for curve in curves]) for i in shared]
     return found
+
+
+def mean_curve(
+    rows: Sequence[Row],  # of one method and one setting: one a seed
+) -> list[Row]:  # like `learning_curve`, at the iterations that all evaluated; empty where nothing was trained
+    """The learning curve over seeds, without intervals: a mean of what was measured."""
+    runs = [{point["iteration"]: point for point in row["curve"]} for row in rows if row.get("curve")]
+    shared = sorted(set.intersection(*map(set, runs))) if runs else []
+    means = [(i, {key: mean_of_known(run[i].get(key) for run in runs) for key in CURVE}) for i in shared]
+    return [{"iteration": i} | {key: mean for key, mean in found.items() if mean is not None} for i, found in means]
 
 # %% ../../nbs/training/40_benchmark.ipynb #f812b092
 def commit_of(
@@ -492,14 +511,11 @@ def line_of(
     rows: Sequence[Row],  # of one method, one temperature, one setting: one a seed
 ) -> Row:
     """Success over seeds with its cost, and what the dream claimed."""
-
-    def mean(values: Sequence[Any]) -> float | None:
-        known = [v for v in values if v is not None and math.isfinite(v)]
-        return sum(known) / len(known) if known else None
-
     found = over_seeds(rows)
     line = {"seeds": len(rows), "success": found.value, "low": found.low, "high": found.high, "n": found.n}
-    return line | {key: mean([row[key] for row in rows]) for key in ("real_transitions", "dream_success", "hazard")}
+    return line | {
+        key: mean_of_known([row[key] for row in rows]) for key in ("real_transitions", "dream_success", "hazard")
+    }
 
 
 def table_of(

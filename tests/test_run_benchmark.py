@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from environments.test_alfworld import file_of, names
 
 from dreamgym.core.config import REPORTING, config_hash, load_config
 from dreamgym.core.errors import ConfigError, DataError
@@ -127,7 +128,35 @@ def test_the_command_is_that_of_the_notebook():
     assert "prepared_dir" not in " ".join(elsewhere)  # a blank would end the override
 
 
-def test_the_hash_is_that_of_the_run_but_for_the_method():
+@pytest.fixture
+def official_games(monkeypatch, tmp_path):
+    """One official game, found as a user's is: in $ALFWORLD_DATA."""
+    path = tmp_path / "data" / "json_2.1.1" / names()[0]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(file_of(0))
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))
+    bm.digest_of.cache_clear()
+    yield tmp_path / "data"
+    bm.digest_of.cache_clear()
+
+
+def test_official_games_are_another_setting_wherever_they_lie(tmp_path, official_games, monkeypatch):
+    named = bm.Setting(overrides=f"environment.data_dir={official_games} rl.lr=0.5")
+    found, generated = bm.Setting(overrides="rl.lr=0.5"), bm.Setting(overrides="environment.data_dir=generated")
+    assert named.name == found.name != generated.name and "data=" in found.name and "data=" not in generated.name
+    assert str(tmp_path) not in named.name  # rows are published
+    assert named.hash(0) == found.hash(0)
+    assert len({setting.hash(0) for setting in (SETTING, bm.Setting(overrides="rl.lr=0.5"), generated)}) == 3
+    assert bm.read_name(found.name) == ("smoke", ["rl.lr=0.5"])
+    mine = SETTING.hash(0)
+    monkeypatch.delenv("ALFWORLD_DATA")
+    bm.digest_of.cache_clear()
+    assert SETTING.hash(0) != mine and "data=" not in SETTING.name
+
+
+def test_the_hash_is_that_of_the_run_but_for_the_method(monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    bm.digest_of.cache_clear()
     chosen = [f"rl.algorithm={a}" for a in ("ppo", "rft")], [f"training.mode={m}" for m in ("real", "dream")]
     for algorithm, mode in zip(*chosen, strict=True):
         config = load_config(None, "alfworld", "smoke", [algorithm, "training.seed=4", mode])

@@ -559,6 +559,7 @@ REPORTING = (
 def config_hash(
     config: Config,
     ignore: Sequence[str] = REPORTING,  # dotted keys
+    data: str = "",  # digest of official data: what they are counts, not where they lie; '': what the config says
 ) -> str:  # 12 hexadecimal digits
     """Equal for configurations that describe the same run, wherever its results go and its server stands.
 
@@ -568,6 +569,8 @@ def config_hash(
     for name in ignore:
         section, key = name.split(".")
         tree[section].pop(key, None)
+    if data:
+        tree["environment"]["data_dir"] = data
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/02_config.ipynb #eb1fc7e2

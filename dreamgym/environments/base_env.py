@@ -58,6 +58,11 @@ class Environment:
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
     max_slots: int = 128  # most episodes at a time; few where each needs a browser
 
+    @property
+    def digest(self) -> str:
+        """Names official data, wherever they lie; '' for generated ones and where `info` has none."""
+        return (self.info or {}).get("digest", "")
+
 # %% ../../nbs/environments/10_base_env.ipynb #efa3cb82
 BUILDERS = {
     "alfworld": "dreamgym.environments.alfworld:build",

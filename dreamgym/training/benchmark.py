@@ -19,12 +19,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..core.config import REPORTING, Config, config_hash, load_config, project_path, project_root
+from dreamgym.core.config import (
+    REPORTING,
+    Config,
+    EnvironmentConfig,
+    config_hash,
+    load_config,
+    project_path,
+    project_root,
+)
 from ..core.errors import ConfigError, DataError, DreamGymError, unknown_name
+from ..environments.base_env import make_environment
 from ..utils.statistics import Estimate, paired_difference, stratified_bootstrap
 from ..utils.tracking import lock_folder, read_metrics, write_json
 
@@ -32,10 +42,10 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DREAMS', 'CURVE', 'Method', 'parse_methods',
-           'parse_seeds', 'Setting', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods', 'command_of', 'RunFailed',
-           'execute', 'learning_curve', 'rows_of', 'mean_of', 'mean_of_known', 'over_seeds', 'over_types', 'summarise',
-           'against_real', 'difference', 'curves_of', 'mean_curve', 'commit_of', 'Ledger', 'run_one', 'work_off',
-           'run_all', 'line_of', 'table_of']
+           'parse_seeds', 'digest_of', 'Setting', 'read_name', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods',
+           'command_of', 'RunFailed', 'execute', 'learning_curve', 'rows_of', 'mean_of', 'mean_of_known', 'over_seeds',
+           'over_types', 'summarise', 'against_real', 'difference', 'curves_of', 'mean_curve', 'commit_of', 'Ledger',
+           'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -94,6 +104,14 @@ def parse_seeds(
     return list(dict.fromkeys(map(int, parts)))
 
 # %% ../../nbs/training/40_benchmark.ipynb #9bfdcfe2
+@lru_cache(maxsize=8)
+def digest_of(
+    section: EnvironmentConfig,
+) -> str:  # '' for generated data
+    """What official data a setting finds on this machine."""
+    return make_environment(section.name, section).digest
+
+# %% ../../nbs/training/40_benchmark.ipynb #c9de8de0
 @dataclass(frozen=True)
 class Setting:
     """What all runs of a benchmark share."""
@@ -105,10 +123,11 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For tables: preset, file and overrides."""
-        return " ".join(
-            filter(None, [f"preset={self.preset}", self.config and f"config={self.config}", self.overrides])
-        )
+        """For tables: preset, file, overrides, and what official data there are, wherever they lie."""
+        data = digest_of(self.load(0).environment)
+        words = [word for word in self.overrides.split() if not (data and word.startswith("environment.data_dir="))]
+        named = [f"preset={self.preset}", self.config and f"config={self.config}", *words, data and f"data={data}"]
+        return " ".join(filter(None, named))
 
     def load(self, seed: int) -> Config:
         """The configuration, before a method is chosen. Raises ConfigError for what cannot be used."""
@@ -118,7 +137,16 @@ class Setting:
     def hash(self, seed: int) -> str:
         """Equal for runs that differ by method only."""
         mine = ("rl.algorithm", "rl.token_budget", "training.mode", "training.control", "training.parallel_control")
-        return config_hash(self.load(seed), (*mine, "training.threads", *REPORTING))
+        config = self.load(seed)
+        return config_hash(config, (*mine, "training.threads", *REPORTING), digest_of(config.environment))
+
+# %% ../../nbs/training/40_benchmark.ipynb #eb0b7d47
+def read_name(
+    name: str,  # of a setting, as in a row
+) -> tuple[str, list[str]]:  # preset, overrides
+    """What a row's setting says, but for its file and its data."""
+    preset, *words = name.split()
+    return preset.removeprefix("preset="), [word for word in words if not word.startswith(("config=", "data="))]
 
 # %% ../../nbs/training/40_benchmark.ipynb #c27ab338
 @dataclass(frozen=True)

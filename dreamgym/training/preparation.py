@@ -415,6 +415,7 @@ RETRIEVAL = {"buffer.top_k", "buffer.same_world", "buffer.action_weight"}  # the
 
 def stamps(
     config: Config,
+    digest: str = "",  # of official data
 ) -> tuple[str, str]:  # of data and clone; of the experience model
     """Hashes of all settings that what is prepared depends on."""
     keys = config_keys()
@@ -422,16 +423,17 @@ def stamps(
     later |= {key for key in keys if key.startswith(("rl.", "curriculum.", "training."))} - {"training.seed"}
     dreamer = {key for key in keys if key.startswith("reasoning_model.")}
     spared = dreamer if config.reasoning_model.annotation == "rules" else set()  # else its teacher wrote into the data
-    return config_hash(config, sorted(later | spared | RETRIEVAL)), config_hash(config, sorted(later))
+    return tuple(config_hash(config, sorted(some), digest) for some in (later | spared | RETRIEVAL, later))
 
 
 def homes(
     config: Config,
     folder: Path,  # of the run
+    digest: str = "",  # of official data
 ) -> tuple[Path, Path]:  # of data and clone; of the experience model
     """Where what is prepared lies: in the run, or shared."""
     if not config.training.prepared_dir:
         return folder / "prepared", folder / "prepared" / "experience_model"
-    data, model = stamps(config)
+    data, model = stamps(config, digest)
     home = project_path(config.training.prepared_dir) / data / "prepared"
     return home, home / f"experience_model-{model}"

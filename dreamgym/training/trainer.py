@@ -346,7 +346,7 @@ class DreamGymTrainer:
 
     def prepare(self, dream: bool = True) -> Prepared:
         """Offline data, cloned policy and (for dreams) the experience model; read back where they are on disk."""
-        home, dreamer = prep.homes(self.config, self.folder)
+        home, dreamer = prep.homes(self.config, self.folder, self.env.digest)
         with main_first(self.accelerator):
             ready = read_or_make(self, home)
         return with_dreams(self, ready, home, dreamer) if dream else ready
@@ -474,13 +474,14 @@ def claim_folder(
     config: Config,
     env: Environment,
 ) -> None:
-    """Writes the resolved config into a new run; raises CheckpointError where a run with another config lives."""
-    stamp = {"config_hash": config_hash(config), "environment": env.name, "info": env.info}
+    """Writes the resolved config into a new run; raises CheckpointError where one with other settings or data lives."""
+    stamp = {"config_hash": config_hash(config, data=env.digest), "environment": env.name, "info": env.info}
     file = folder / "run.json"
     if file.is_file():
         if json.loads(file.read_text(encoding="utf-8"))["config_hash"] != stamp["config_hash"]:
             raise CheckpointError(
-                f"run folder {str(folder)!r} holds a run with another config; use another out_dir, or its config.yaml"
+                f"run folder {str(folder)!r} holds a run with another config, or on other data; "
+                "use another out_dir, or its config.yaml"
             )
         return
     with writing(folder):

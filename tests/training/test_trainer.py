@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dreamgym.training import arms
 from dreamgym.training.checkpoints import load_policy, newest_checkpoint
 from dreamgym.training.preparation import demonstration_rows
 from dreamgym.training.train import main
-from dreamgym.training.trainer import DreamGymTrainer, run_iteration, start_arm_loop
+from dreamgym.training.trainer import DreamGymTrainer, claim_folder, run_iteration, start_arm_loop
 from dreamgym.utils.tracking import RunDir
 
 TINY = {
@@ -177,6 +178,18 @@ def test_expert_iteration_runs(tmp_path):
 def test_the_folder_of_another_config_is_refused(whole):
     with pytest.raises(CheckpointError, match="another config"):
         trainer(whole, rl__lr=0.1)
+
+
+def test_the_folder_of_a_run_on_other_data_is_refused(tmp_path):
+    """Official games may appear in their usual place between two calls of the same command."""
+    config = load_config(None, "alfworld", "smoke")
+    there = [
+        SimpleNamespace(name="alfworld", info=info, digest=info.get("digest", "")) for info in ({}, {"digest": "ab12"})
+    ]
+    claim_folder(tmp_path / "run", config, there[0])
+    claim_folder(tmp_path / "run", config, there[0])
+    with pytest.raises(CheckpointError, match="other data"):
+        claim_folder(tmp_path / "run", config, there[1])
 
 
 @pytest.mark.parametrize(

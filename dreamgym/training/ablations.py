@@ -241,7 +241,7 @@ def summarise_ablations(
     stamps: Stamps,
     temperature: float = 1.0,  # 0: greedy
 ) -> dict[str, Row]:  # by name, those that have rows
-    """Success of each ablation, its learning curve, and what it loses against the full method."""
+    """Success of each ablation, its learning curve beside the full method's, and what it loses against that."""
     found: dict[str, Row] = {}
     by_seed: dict[str, dict[int, Row]] = {}
     for name, ablation in chosen.items():
@@ -254,6 +254,7 @@ def summarise_ablations(
         if name != FULL and shared:
             pairs = ([table[s]["success"] for s in shared] for table in (by_seed[name], by_seed[FULL]))
             found[name]["minus_full"] = bm.difference(*pairs)
+            found[name]["full_curve"] = bm.mean_curve([by_seed[FULL][seed] for seed in shared])
     for name, pooled in pooled_with(by_seed).items():
         found[name]["pooled_minus_full"] = pooled
     return found
@@ -361,27 +362,33 @@ def plot_dreams(
     summary: Mapping[str, Row],  # of summarise_ablations
     title: str = "",
 ) -> Any:  # figure
-    """What becomes of each ablation's dreams: a ring at the first evaluation in training, a dot at the last."""
+    """What becomes of each ablation's dreams in training; beside each the full method on the same seeds."""
     import matplotlib.pyplot as plt
 
-    names = [name for name in summary if any(key in point for key in PANELS for point in summary[name]["curve"])]
-    size = 9, 1.2 + 0.28 * len(names)
+    parts = {name: part for name, part in summary.items() if name != FULL and part.get("curve")}
+    size = 9, 1.6 + 0.36 * len(parts)
     figure, panels = plt.subplots(1, len(PANELS), sharey=True, figsize=size, dpi=100, layout="constrained")
     plt.close(figure)
     for axes, (key, xlabel) in zip(panels, PANELS.items(), strict=True):
-        for y, name in enumerate(names):
-            values = [point[key] for point in summary[name]["curve"] if key in point]
-            colour = COLOURS["real" if name == FULL else "dream"]
-            if values:
-                axes.plot([values[0], values[-1]], [y, y], color=colour, alpha=0.5)
-                axes.plot(values[0], y, "o", color=colour, markerfacecolor="white")
-                axes.plot(values[-1], y, "o", color=colour)
+        for y, part in enumerate(parts.values()):
+            for curve, colour, up in ("full_curve", COLOURS["behaviour cloning"], -0.18), (
+                "curve",
+                COLOURS["dream"],
+                0.1,
+            ):
+                values = [point[key] for point in part.get(curve, []) if key in point]
+                if values:
+                    axes.plot([values[0], values[-1]], [y + up] * 2, color=colour, alpha=0.6)
+                    axes.plot(values[0], y + up, "o", color=colour, markerfacecolor="white", markersize=5)
+                    axes.plot(values[-1], y + up, "o", color=colour, markersize=5)
         axes.set_xlabel(xlabel)
         axes.grid(axis="x", alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), [summary[name]["label"] for name in names], fontsize=8)
+    panels[0].set_yticks(range(len(parts)), [part["label"] for part in parts.values()], fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(
+        f"{title}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds", fontsize=9
+    )
     return figure
 
 # %% ../../nbs/training/41_ablations.ipynb #dbacce94

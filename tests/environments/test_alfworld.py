@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -112,8 +113,8 @@ def test_official_environment_covers_each_split_once(folder):
         split: [task.id for task in env.tasks(split)]
         for split in ("train", "valid", "unseen", "train_all", "valid_seen")
     }
-    assert all(listed == sorted(set(listed)) for listed in ids.values())
-    assert sorted(ids["train"] + ids["valid"] + ids["unseen"]) == ids["train_all"]
+    assert all(len(listed) == len(set(listed)) for listed in ids.values())
+    assert sorted(ids["train"] + ids["valid"] + ids["unseen"]) == sorted(ids["train_all"])
     task = env.tasks("train_all")[0]
     assert task.instruction and task.world_id.startswith("FloorPlan") and task.task_type in TASK_TYPES
     batch = env.make(1)
@@ -121,6 +122,18 @@ def test_official_environment_covers_each_split_once(folder):
     while not result.done:
         result = batch.step([0], [env.expert(batch, 0)])[0]
     assert result.success
+
+
+def test_the_first_official_games_are_of_all_types():
+    """Ids begin with the type of task, and training and validation take games from the front."""
+    ids = [f"train/{kind}-A-None-B-1/trial_{n}/game.tw-pddl" for kind in TASK_TYPES for n in range(100)]
+    content = file_of(0)
+    games = alfworld.GameFiles("here", "unknown", tuple(sorted(ids)), lambda game_id: content)
+    tasks = official_tasks(games, "train")
+    first = Counter(task.id.split("/")[1].split("-")[0] for task in tasks[:120])
+    assert set(first) == set(TASK_TYPES) and min(first.values()) >= 8
+    assert sorted(task.id for task in tasks) == sorted(ids)  # each once
+    assert [task.id for task in official_tasks(games, "train")] == [task.id for task in tasks]
 
 
 def test_split_errors(folder):

@@ -216,12 +216,12 @@ def official_tasks(
     games: GameFiles,
     split: str,
 ) -> TaskList:
-    """The tasks of a split of official games, shuffled once and for all. A world is a floor plan."""
+    """The tasks of a split of official games, shuffled once and for all. A world is a game: it has its own things."""
     ids = sorted(split_ids(games, split), key=lambda game_id: hashlib.sha256(game_id.encode()).digest())
 
     def make(at: int) -> Task:
         game = decode_game(games.read(ids[at]), ids[at])
-        world = f"FloorPlan{floor_plan(ids[at])}"
+        world = f"FloorPlan{floor_plan(ids[at])}/{ids[at].split('/')[-2]}"
         return Task(ids[at], game.task, split=split, world_id=world, task_type=game.task_type)
 
     return TaskList(len(ids), make)

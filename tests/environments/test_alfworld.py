@@ -134,6 +134,7 @@ def test_the_first_official_games_are_of_all_types():
     assert set(first) == set(TASK_TYPES) and min(first.values()) >= 8
     assert sorted(task.id for task in tasks) == sorted(ids)  # each once
     assert [task.id for task in official_tasks(games, "train")] == [task.id for task in tasks]
+    assert len({task.world_id for task in tasks}) == len({game_id.split("/")[-2] for game_id in ids})
 
 
 def test_split_errors(folder):

@@ -171,6 +171,20 @@ def test_the_hash_is_that_of_the_run_but_for_the_method(monkeypatch):
 # ---- run
 
 
+def test_the_summary_is_of_all_seeds_of_the_setting(tmp_path):
+    run(tmp_path, ["bc", "dream"], [0, 1], Runner())
+    run(tmp_path, ["bc", "dream"], [2], Runner())
+    assert json.loads((tmp_path / "b.json").read_text())["summary"]["dream_minus_bc"]["seeds"] == 3
+    other = bm.Setting("alfworld", "smoke", "", "rl.lr=0.5")
+    bm.run_all(["bc", "dream"], [0], other, tmp_path / "b.json", tmp_path / "runs", start=Runner())
+    kept = json.loads((tmp_path / "b.json").read_text())["summary"]
+    assert kept["dream_minus_bc"]["seeds"] == 1 and kept["setting"] == other.name
+    nothing = Runner()
+    run(tmp_path, ["bc"], [0], nothing)
+    kept = json.loads((tmp_path / "b.json").read_text())["summary"]
+    assert not nothing.commands and kept["dream_minus_bc"]["seeds"] == 3 and kept["setting"] == SETTING.name
+
+
 def test_rows_hold_what_a_reader_needs(tmp_path):
     ledger = run(tmp_path, ["bc", "dream"], [0], Runner())
     content = json.loads((tmp_path / "b.json").read_text())

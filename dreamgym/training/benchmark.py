@@ -529,9 +529,16 @@ def run_all(
     if not seeds:
         raise ConfigError("seeds: expected at least one")
     hashes = {seed: setting.hash(seed) for seed in seeds}
-    ledger = Ledger(path, hashes.values(), lambda rows: {"setting": setting.name} | summarise(rows))
+
+    def summary(_: Sequence[Row]) -> Row:  # over all seeds that the file has of this setting
+        rows = ledger.content["rows"]
+        mine = {setting.hash(seed) for seed in {row["seed"] for row in rows}}
+        return {"setting": setting.name} | summarise([row for row in rows if row["config_hash"] in mine])
+
+    ledger = Ledger(path, hashes.values(), summary)
     runs = plan_runs(missing_methods(ledger.rows, methods, hashes))
     work_off([(run, setting) for run in runs], ledger, out_dir, workers, start, say)
+    ledger.note([])  # the summary is of this setting also if nothing was missing
     return ledger
 
 # %% ../../nbs/training/40_benchmark.ipynb #e8266397

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from environments.test_alfworld import file_of, names
+from environments.test_alfworld import file_of
+from environments.test_alfworld import names as game_ids
 
 from dreamgym.core.config import REPORTING, config_hash, load_config
 from dreamgym.core.errors import ConfigError, DataError
@@ -131,7 +132,7 @@ def test_the_command_is_that_of_the_notebook():
 @pytest.fixture
 def official_games(monkeypatch, tmp_path):
     """One official game, found as a user's is: in $ALFWORLD_DATA."""
-    path = tmp_path / "data" / "json_2.1.1" / names()[0]
+    path = tmp_path / "data" / "json_2.1.1" / game_ids()[0]
     path.parent.mkdir(parents=True)
     path.write_bytes(file_of(0))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))

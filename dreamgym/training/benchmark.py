@@ -24,15 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dreamgym.core.config import (
-    REPORTING,
-    Config,
-    EnvironmentConfig,
-    config_hash,
-    load_config,
-    project_path,
-    project_root,
-)
+from ..core.config import REPORTING, Config, config_hash, load_config, project_path, project_root
 from ..core.errors import ConfigError, DataError, DreamGymError, unknown_name
 from ..environments.base_env import make_environment
 from ..utils.statistics import Estimate, paired_difference, stratified_bootstrap
@@ -106,7 +98,7 @@ def parse_seeds(
 # %% ../../nbs/training/40_benchmark.ipynb #9bfdcfe2
 @lru_cache(maxsize=8)
 def digest_of(
-    section: EnvironmentConfig,
+    section: Any,  # EnvironmentConfig
 ) -> str:  # '' for generated data
     """What official data a setting finds on this machine."""
     return make_environment(section.name, section).digest

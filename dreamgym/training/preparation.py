@@ -423,7 +423,8 @@ def stamps(
     later |= {key for key in keys if key.startswith(("rl.", "curriculum.", "training."))} - {"training.seed"}
     dreamer = {key for key in keys if key.startswith("reasoning_model.")}
     spared = dreamer if config.reasoning_model.annotation == "rules" else set()  # else its teacher wrote into the data
-    return tuple(config_hash(config, sorted(some), digest) for some in (later | spared | RETRIEVAL, later))
+    data = config_hash(config, sorted(later | spared | RETRIEVAL), digest)
+    return data, config_hash(config, sorted(later), digest)
 
 
 def homes(

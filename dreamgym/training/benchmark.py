@@ -194,7 +194,7 @@ def read_benchmark(
         raise DataError(f"{path}: expected the JSON of a benchmark; {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise DataError(f"{path}: expected the JSON of a benchmark, an object with a list 'rows'; move it away")
-    return {"failures": []} | found
+    return {"rows": [], "failures": []} | found  # in this order, so that a file read and written is the same
 
 
 def missing_methods(

@@ -274,7 +274,7 @@ def with_earlier(
             found |= one
     return found | dict(chosen)
 
-
+# %% ../../nbs/training/41_ablations.ipynb #178b4cce
 def run_ablations(
     chosen: Mapping[str, Ablation],
     seeds: Sequence[int],
@@ -366,16 +366,13 @@ def plot_dreams(
     import matplotlib.pyplot as plt
 
     parts = {name: part for name, part in summary.items() if name != FULL and part.get("curve")}
+    lines = [("full_curve", COLOURS["behaviour cloning"], -0.18), ("curve", COLOURS["dream"], 0.1)]  # grey above
     size = 9, 1.6 + 0.36 * len(parts)
     figure, panels = plt.subplots(1, len(PANELS), sharey=True, figsize=size, dpi=100, layout="constrained")
     plt.close(figure)
     for axes, (key, xlabel) in zip(panels, PANELS.items(), strict=True):
         for y, part in enumerate(parts.values()):
-            for curve, colour, up in ("full_curve", COLOURS["behaviour cloning"], -0.18), (
-                "curve",
-                COLOURS["dream"],
-                0.1,
-            ):
+            for curve, colour, up in lines:
                 values = [point[key] for point in part.get(curve, []) if key in point]
                 if values:
                     axes.plot([values[0], values[-1]], [y + up] * 2, color=colour, alpha=0.6)

@@ -233,7 +233,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     found = ab.summarise_ablations(rows, chosen, stamps)
     lost, half = found["replay"]["minus_full"], 4.302653 * (1 / 40) / 3**0.5  # differences of -4, -2, -3 games
     assert lost["mean"] == pytest.approx(-3 / 40) and lost["low"] == pytest.approx(-3 / 40 - half, abs=1e-6)
-    assert found["history"]["minus_full"] == {"mean": pytest.approx(5 / 40), "low": None, "high": None, "seeds": 1}
+    one = found["history"]["minus_full"]
+    assert one == {"mean": pytest.approx(5 / 40), "low": None, "high": None, "seeds": 1, "iqm": None}
     table = ab.table_of_ablations(found)
     assert table[1]["Δ mean"] == pytest.approx(-7.5) and table[1]["paper Δ, WebShop"] == pytest.approx(-4.7)
     assert "Δ mean" not in table[0] and "paper Δ, WebShop" not in table[2]

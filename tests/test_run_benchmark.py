@@ -330,7 +330,9 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     half = 4.302653 * (1 / 40) / 3**0.5
     assert summary["bc"]["high"] == pytest.approx(11 / 40 + half, abs=1e-6)
     found = summary["dream_minus_bc"]  # the same in every seed, so without spread
-    assert found == {"mean": pytest.approx(0.05), "low": pytest.approx(0.05), "high": pytest.approx(0.05), "seeds": 3}
+    iqm = dict.fromkeys(("value", "low", "high"), pytest.approx(0.05))
+    expected = {"mean": pytest.approx(0.05), "low": pytest.approx(0.05), "high": pytest.approx(0.05), "seeds": 3}
+    assert found == expected | {"iqm": iqm}
     assert "bc_minus_bc" not in summary and "real_minus_bc" in summary
 
 
@@ -352,9 +354,24 @@ def test_interquartile_mean_over_types_and_seeds():
     def row(seed, pick, heat):
         return {"by_type": {"pick": [pick, 10], "heat": [heat, 10]}, "seed": seed}
 
-    found = bm.over_types([row(0, 2, 8), row(1, 4, 6)])
-    assert found.value == pytest.approx(0.5) and found.n == 4  # of .2 .4 .6 .8 the middle two
+    two = [row(0, 2, 8), row(1, 4, 6)]
+    found = bm.over_types(two)
+    assert found["value"] == pytest.approx(0.5)  # of .2 .4 .6 .8 the middle two
+    assert (found["low"], found["high"]) == (pytest.approx(0.4), pytest.approx(0.6))  # .2 .2 or .4 .4 beside .6 .6 or .8 .8
     assert bm.over_types([row(0, 2, 8)]) is None
+
+
+def test_interquartile_mean_of_differences_is_taken_type_by_type():
+    def row(seed, pick, heat):
+        return {"by_type": {"heat": [heat, 20], "pick": [pick, 10]}, "seed": seed, "success": (pick + heat) / 30}
+
+    mine, base = [row(0, 5, 10), row(1, 9, 0)], [row(0, 2, 8), row(1, 4, 12)]
+    assert bm.over_types(mine, base)["value"] == pytest.approx((0.3 + 0.1) / 2)  # of -.6, .1, .3, .5
+    found = bm.compare(mine, base)
+    assert found["iqm"] == bm.over_types(mine, base)
+    assert found["mean"] == pytest.approx((5 / 30 - 7 / 30) / 2) and found["seeds"] == 2
+    with pytest.raises(ValueError):
+        bm.over_types(mine, base[:1])
 
 
 def test_the_table_has_a_line_for_each_method(tmp_path):

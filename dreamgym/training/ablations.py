@@ -28,10 +28,11 @@ from .benchmark import Ledger, Row, Run, Setting
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'PANELS', 'Ablation', 'swept_key', 'swept',
+__all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'DREAM', 'Ablation', 'swept_key', 'swept',
            'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
-           'pooled_with', 'summarise_ablations', 'with_earlier', 'run_ablations', 'table_of_ablations',
-           'plot_ablations', 'plot_dreams', 'sweeps_of', 'plot_sweep']
+           'pooled_with', 'compare_dreams', 'summarise_ablations', 'with_earlier', 'run_ablations',
+           'table_of_ablations', 'points_of', 'plot_ablations', 'plot_dreams', 'table_of_dreams', 'sweeps_of',
+           'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -234,6 +235,27 @@ def pooled_with(
         for name, e in zip(others, found, strict=True)
     }
 
+# %% ../../nbs/training/41_ablations.ipynb #c5272715
+DREAM = {"gap": "dream − real success", "hazard": "hazard per dreamt step", "wm2real": "won dreams that win for real"}
+
+
+def compare_dreams(
+    mine: Sequence[Row],  # one a seed
+    base: Sequence[Row],  # another ablation on the same seeds
+) -> dict[str, Row]:  # key of DREAM: mean, low, high, seeds
+    """What dreams were like at the last evaluation, minus the other's, seed by seed; without what was not measured."""
+
+    def last(row: Row, key: str) -> float | None:
+        return next((p[key] for p in reversed(row.get("curve") or []) if p.get(key) is not None), None)
+
+    found = {}
+    for key in DREAM:
+        pairs = [(last(one, key), last(other, key)) for one, other in zip(mine, base, strict=True)]
+        known = [pair for pair in pairs if None not in pair]
+        if known:
+            found[key] = bm.difference(*zip(*known, strict=True))
+    return found
+
 # %% ../../nbs/training/41_ablations.ipynb #2e112fa5
 def summarise_ablations(
     rows: Sequence[Row],
@@ -250,11 +272,10 @@ def summarise_ablations(
         by_seed[name] = {row["seed"]: row for row in mine}
         if mine:
             found[name] = {"label": ablation.label} | bm.line_of(mine) | {"curve": bm.mean_curve(mine)}
-        shared = [seed for seed in by_seed[name] if seed in by_seed[FULL]]
-        if name != FULL and shared:
-            pairs = ([table[s]["success"] for s in shared] for table in (by_seed[name], by_seed[FULL]))
-            found[name]["minus_full"] = bm.difference(*pairs)
-            found[name]["full_curve"] = bm.mean_curve([by_seed[FULL][seed] for seed in shared])
+        if name != FULL and (pair := bm.on_shared_seeds(by_seed[name], by_seed[FULL])):
+            found[name]["minus_full"] = bm.compare(*pair)
+            found[name]["full_curve"] = bm.mean_curve(pair[1])
+            found[name]["dream_minus_full"] = compare_dreams(*pair)
     for name, pooled in pooled_with(by_seed).items():
         found[name]["pooled_minus_full"] = pooled
     return found
@@ -318,6 +339,16 @@ def table_of_ablations(
     return table
 
 # %% ../../nbs/training/41_ablations.ipynb #9fd1daa5
+def points_of(
+    difference: Row,  # 'minus_full'
+) -> tuple[dict[str, float], list[list[float]] | None]:  # 'mean', 'low', 'high'; lengths below and above for error bars
+    """A difference in points; one seed has no interval."""
+    if difference["low"] is None:
+        return dict.fromkeys(("mean", "low", "high"), 100 * difference["mean"]), None
+    found = {key: 100 * difference[key] for key in ("mean", "low", "high")}
+    return found, [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+
+# %% ../../nbs/training/41_ablations.ipynb #c953c170
 def plot_ablations(
     summary: Mapping[str, Row],  # of summarise_ablations
     title: str = "",
@@ -327,12 +358,11 @@ def plot_ablations(
     figure, axes = new_axes("", "minus the full (points)", title)
     figure.set_size_inches(max(5.0, 1 + 0.75 * len(names)), 3)
     for x, name in enumerate(names):
-        lost = {key: 100 * value for key, value in summary[name]["minus_full"].items() if value is not None}
-        error = [[lost["mean"] - lost["low"]], [lost["high"] - lost["mean"]]] if "low" in lost else None
+        lost, error = points_of(summary[name]["minus_full"])
         axes.bar(x, lost["mean"], width=0.6, color=COLOURS["dream"], yerr=error, capsize=4)
         axes.annotate(
             f"{round(lost['mean'], 1) or 0.0:+.1f}",
-            (x, max(0, lost.get("high", 0))),
+            (x, max(0, lost["high"])),
             (0, 3),
             textcoords="offset points",
             ha="center",
@@ -355,9 +385,6 @@ def plot_ablations(
     return figure
 
 # %% ../../nbs/training/41_ablations.ipynb #4a2f4898
-PANELS = {"gap": "dream − real success", "hazard": "hazard per dreamt step", "wm2real": "won dreams that win for real"}
-
-
 def plot_dreams(
     summary: Mapping[str, Row],  # of summarise_ablations
     title: str = "",
@@ -368,9 +395,9 @@ def plot_dreams(
     parts = {name: part for name, part in summary.items() if name != FULL and part.get("curve")}
     lines = [("full_curve", COLOURS["behaviour cloning"], -0.18), ("curve", COLOURS["dream"], 0.1)]  # grey above
     size = 9, 1.6 + 0.36 * len(parts)
-    figure, panels = plt.subplots(1, len(PANELS), sharey=True, figsize=size, dpi=100, layout="constrained")
+    figure, panels = plt.subplots(1, len(DREAM), sharey=True, figsize=size, dpi=100, layout="constrained")
     plt.close(figure)
-    for axes, (key, xlabel) in zip(panels, PANELS.items(), strict=True):
+    for axes, (key, xlabel) in zip(panels, DREAM.items(), strict=True):
         for y, part in enumerate(parts.values()):
             for curve, colour, up in lines:
                 values = [point[key] for point in part.get(curve, []) if key in point]
@@ -387,6 +414,21 @@ def plot_dreams(
         f"{title}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds", fontsize=9
     )
     return figure
+
+# %% ../../nbs/training/41_ablations.ipynb #0c23726d
+def table_of_dreams(
+    summary: Mapping[str, Row],  # of summarise_ablations
+) -> list[Row]:  # one an ablation whose dreams were measured
+    """What its last dreams were like, minus those of the full method on the same seeds."""
+    table = []
+    for part in summary.values():
+        line = {"ablation": part["label"]}
+        for key, measured in part.get("dream_minus_full", {}).items():
+            interval = "" if measured["low"] is None else f" [{measured['low']:+.3f}, {measured['high']:+.3f}]"
+            line[DREAM[key]] = f"{measured['mean']:+.3f}{interval}, {measured['seeds']}"
+        if len(line) > 1:
+            table.append(line)
+    return table
 
 # %% ../../nbs/training/41_ablations.ipynb #dbacce94
 def sweeps_of(
@@ -413,13 +455,16 @@ def plot_sweep(
     rows: Mapping[str, Row],  # value: its row
     title: str = "",
 ) -> Any:  # figure
-    """Success by value with intervals over seeds; below each value the hazard and the real transitions."""
-    figure, axes = new_axes("", "success (share of games)", title)
+    """Each value minus the full method's own, seed by seed; below each value the hazard and the real transitions."""
+    figure, axes = new_axes("", "minus the full (points)", title)
     figure.set_size_inches(max(5.0, 1 + 1.1 * len(rows)), 3)
+    means = []
     for x, row in enumerate(rows.values()):
-        error = [[row["success"] - row["low"]], [row["high"] - row["success"]]]
-        axes.errorbar(x, row["success"], error, marker="o", capsize=4, color=COLOURS["dream"])
-    axes.plot([row["success"] for row in rows.values()], color=COLOURS["dream"])
+        lost, error = points_of(row.get("minus_full", {"mean": 0.0, "low": None}))
+        axes.errorbar(x, lost["mean"], error, marker="o", capsize=4, color=COLOURS["dream"])
+        means.append(lost["mean"])
+    axes.plot(means, color=COLOURS["dream"])
+    axes.axhline(0, color="black", linewidth=0.8)
     hazards = ["–" if row["hazard"] is None else f"{row['hazard']:.3f}" for row in rows.values()]
     lines = [f"{value}\nhazard {h}\n{row['real_transitions']:,.0f}" for (value, row), h in zip(rows.items(), hazards)]
     axes.set_xticks(range(len(rows)), lines, fontsize=8)

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DREAMS', 'CURVE', 'Method', 'parse_methods',
            'parse_seeds', 'digest_of', 'Setting', 'read_name', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods',
            'command_of', 'RunFailed', 'execute', 'learning_curve', 'rows_of', 'mean_of', 'mean_of_known', 'over_seeds',
-           'over_types', 'summarise', 'against_real', 'difference', 'curves_of', 'mean_curve', 'commit_of', 'Ledger',
-           'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
+           'over_types', 'on_shared_seeds', 'compare', 'difference', 'summarise', 'against_real', 'curves_of',
+           'mean_curve', 'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -317,11 +317,48 @@ def over_seeds(
 
 def over_types(
     rows: Sequence[Row],
-) -> Estimate | None:  # None with one seed
-    """Interquartile mean over task types and seeds, with a stratified bootstrap."""
-    kinds = dict.fromkeys(kind for row in rows for kind in row["by_type"])  # in the same order each time
-    strata = [[won / n for won, n in (r["by_type"][kind] for r in rows if kind in r["by_type"])] for kind in kinds]
-    return stratified_bootstrap(strata) if len(rows) > 1 and strata else None
+    base: Sequence[Row] = (),  # another method on the same seeds and games: differences to it count
+) -> Row | None:  # 'value', 'low', 'high'; None with one seed
+    """Interquartile mean over task types and seeds, with a bootstrap stratified by type."""
+    strata: dict[str, list[float]] = {}
+    others: Sequence[Row | None] = base or [None] * len(rows)
+    for row, other in zip(rows, others, strict=True):
+        for kind, (won, n) in row["by_type"].items():
+            less, games = other["by_type"][kind] if other else (0, 1)
+            strata.setdefault(kind, []).append(won / n - less / games)
+    if len(rows) < 2 or not strata:
+        return None
+    found = stratified_bootstrap(list(strata.values()))
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+# %% ../../nbs/training/40_benchmark.ipynb #0c4c4f20
+def on_shared_seeds(
+    mine: Mapping[int, Row],  # seed: row
+    base: Mapping[int, Row],
+) -> tuple[list[Row], list[Row]] | None:  # None where no seed is shared
+    """Rows of two methods, seed by seed."""
+    shared = [seed for seed in mine if seed in base]
+    return ([mine[seed] for seed in shared], [base[seed] for seed in shared]) if shared else None
+
+
+def compare(
+    mine: Sequence[Row],  # one a seed
+    base: Sequence[Row],  # another method on the same seeds and games
+) -> dict[str, Any]:  # as of `difference`, and 'iqm'
+    """Mean difference of success over seeds, and its interquartile mean over task types and seeds."""
+    successes = ([row["success"] for row in rows] for rows in (mine, base))
+    return difference(*successes) | {"iqm": over_types(mine, base)}
+
+
+def difference(
+    mine: Sequence[float],  # one a seed
+    base: Sequence[float],  # the same seeds
+) -> dict[str, Any]:  # 'mean', 'low', 'high' (None with one seed), 'seeds'
+    """Mean difference over seeds with its paired t interval."""
+    if len(mine) == 1:
+        return {"mean": mine[0] - base[0], "low": None, "high": None, "seeds": 1}
+    found = paired_difference(mine, base)
+    return {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
 
 # %% ../../nbs/training/40_benchmark.ipynb #7f84980e
 def summarise(
@@ -335,13 +372,11 @@ def summarise(
             by_method.setdefault(row["method"], {})[row["seed"]] = row
     found: dict[str, Any] = {"temperature": temperature}
     for name, seeds in by_method.items():
-        mean, middle = over_seeds(list(seeds.values())), over_types(list(seeds.values()))
+        mean = over_seeds(list(seeds.values()))
         found[name] = {"mean": mean.value, "low": mean.low, "high": mean.high, "seeds": len(seeds), "n": mean.n}
-        found[name]["iqm"] = {"value": middle.value, "low": middle.low, "high": middle.high} if middle else None
-        shared = [seed for seed in seeds if seed in by_method.get("bc", {})]
-        if name != "bc" and shared:
-            mine, base = ([table[s]["success"] for s in shared] for table in (seeds, by_method["bc"]))
-            found[f"{name}_minus_bc"] = difference(mine, base)
+        found[name]["iqm"] = over_types(list(seeds.values()))
+        if name != "bc" and (pair := on_shared_seeds(seeds, by_method.get("bc", {}))):
+            found[f"{name}_minus_bc"] = compare(*pair)
     return found | against_real(by_method)
 
 # %% ../../nbs/training/40_benchmark.ipynb #6a0a6a80
@@ -351,26 +386,13 @@ def against_real(
     """What dreaming is worth beside RL in the real environment by the same algorithm."""
     found = {}
     for name, control in (("dream", "real"), ("s2r", "real"), ("grpo-dream", "grpo"), ("grpo-s2r", "grpo")):
-        shared = [seed for seed in by_method.get(name, {}) if seed in by_method.get(control, {})]
-        if shared:
-            mine, base = ([by_method[m][s]["success"] for s in shared] for m in (name, control))
-            found[f"{name}_minus_real"] = difference(mine, base)
+        if pair := on_shared_seeds(by_method.get(name, {}), by_method.get(control, {})):
+            found[f"{name}_minus_real"] = compare(*pair)
+            mine, base = ([row["success"] for row in rows] for rows in pair)
             if all(base):
-                found[f"{name}_over_real"] = difference(
-                    [m / b for m, b in zip(mine, base, strict=True)], [0.0] * len(base)
-                )
+                ratios = [m / b for m, b in zip(mine, base, strict=True)]
+                found[f"{name}_over_real"] = difference(ratios, [0.0] * len(ratios))
     return found
-
-
-def difference(
-    mine: Sequence[float],  # one a seed
-    base: Sequence[float],  # the same seeds
-) -> dict[str, Any]:  # 'mean', 'low', 'high' (None with one seed), 'seeds'
-    """Mean difference over seeds with its paired t interval."""
-    if len(mine) == 1:
-        return {"mean": mine[0] - base[0], "low": None, "high": None, "seeds": 1}
-    found = paired_difference(mine, base)
-    return {"mean": found.value, "low": found.low, "high": found.high, "seeds": found.n}
 
 # %% ../../nbs/training/40_benchmark.ipynb #44f26be2
 def curves_of(
@@ -538,8 +560,9 @@ def line_of(
     rows: Sequence[Row],  # of one method, one temperature, one setting: one a seed
 ) -> Row:
     """Success over seeds with its cost, and what the dream claimed."""
-    found = over_seeds(rows)
-    line = {"seeds": len(rows), "success": found.value, "low": found.low, "high": found.high, "n": found.n}
+    found, middle = over_seeds(rows), over_types(rows) or {"value": None, "low": None, "high": None}
+    line = {"seeds": len(rows), "success": found.value, "low": found.low, "high": found.high}
+    line |= {"iqm": middle["value"], "iqm low": middle["low"], "iqm high": middle["high"], "n": found.n}
     return line | {
         key: mean_of_known([row[key] for row in rows]) for key in ("real_transitions", "dream_success", "hazard")
     }

@@ -357,7 +357,10 @@ def test_interquartile_mean_over_types_and_seeds():
     two = [row(0, 2, 8), row(1, 4, 6)]
     found = bm.over_types(two)
     assert found["value"] == pytest.approx(0.5)  # of .2 .4 .6 .8 the middle two
-    assert (found["low"], found["high"]) == (pytest.approx(0.4), pytest.approx(0.6))  # .2 .2 or .4 .4 beside .6 .6 or .8 .8
+    assert (found["low"], found["high"]) == (
+        pytest.approx(0.4),
+        pytest.approx(0.6),
+    )  # .2 .2 or .4 .4 beside .6 .6 or .8 .8
     assert bm.over_types([row(0, 2, 8)]) is None
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ..core.config import Config
 from ..core.data_structures import Task, Trajectory, episode_row
-from ..core.errors import CheckpointError, ConfigError
+from ..core.errors import CheckpointError
 from ..core.generators import derive_seed
 from ..core.ledger import summary
 from ..core.llm import LLMClient
@@ -31,12 +31,11 @@ from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import RunDir, truncate_file
 from . import checkpoints, scale
-from .advantages import Estimator
 from .baselines import rft_update
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, read_manifest, save_checkpoint
 from .fidelity import dream_metrics
 from .fine_tuning import own_copy, refresh_by
-from .grpo import GRPOSettings, grpo_update, make_group_batch
+from .grpo import GROUPED, GRPOSettings, grpo_update, make_group_batch
 from .play import evaluate_policy, play_settings
 from .policy import Policy, make_optimizer, set_rate
 from .ppo import FiniteGuard, PPOSettings, bare, make_batch, ppo_update
@@ -44,16 +43,15 @@ from .rollout import rollout, rollout_metrics
 from .scale import autocast, from_main, gather_weights, is_main, lora_layers, share_of, trainable
 
 # %% auto #0
-__all__ = ['log', 'GROUPED', 'OFFLINE', 'DREAMER', 'Prepared', 'Progress', 'ArmLoop', 'evolves', 'memory', 'group_size',
-           'within_budget', 'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success',
-           'check_algorithm', 'start_arm_loop', 'dreamer', 'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream',
-           'finished_dream', 'run_iteration', 'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer',
-           'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate',
-           'measure_dream', 'too_optimistic', 'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
+__all__ = ['log', 'OFFLINE', 'DREAMER', 'Prepared', 'Progress', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
+           'affordable', 'finished', 'make_curriculum', 'task_writer', 'dreams_of_success', 'start_arm_loop', 'dreamer',
+           'wrap', 'begin', 'cut_back', 'load_arm', 'continue_dream', 'finished_dream', 'run_iteration',
+           'play_iteration', 'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'update_policy',
+           'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'recorded_dreams', 'measure_dream', 'too_optimistic',
+           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36a_arms.ipynb #256c3996
 log = logging.getLogger(__name__)
-GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
 OFFLINE = ("sft", "dpo")  # need none
 DREAMER = "experience_model"  # folder of a refreshed one in a checkpoint
 
@@ -186,24 +184,6 @@ def dreams_of_success(
     dreams = collect(loop, "dream", [task for task in tasks for _ in range(trials)], part=1)
     won = [bool(dream.success) for dream in dreams]
     return [any(won[i : i + trials]) for i in range(0, len(won), trials)]
-
-# %% ../../nbs/training/36a_arms.ipynb #4a2122eb
-def check_algorithm(
-    config: Config,
-) -> None:
-    """Raises ConfigError for settings of `rl` that do not go together."""
-    rl, size = config.rl, config.training.batch_size
-    if rl.algorithm in GROUPED and size % rl.group_size:
-        raise ConfigError(
-            f"training.batch_size {size}: {rl.algorithm} needs whole groups of rl.group_size={rl.group_size} episodes; "
-            f"set it to {max(size // rl.group_size, 1) * rl.group_size}"
-        )
-    if not rl.group_std and rl.algorithm != "grpo":
-        raise ConfigError(f"rl.group_std: false is Dr. GRPO, for rl.algorithm: grpo only, not {rl.algorithm}")
-    if rl.algorithm == "rft" and (scale.asked_for("FSDP") or scale.asked_for("DEEPSPEED")):
-        raise ConfigError("rl.algorithm: rft steps on each rank alone, with whole weights; use torchrun (DDP)")
-    if rl.algorithm == "dpo" and config.policy_model.context != "state":
-        raise ConfigError("rl.algorithm: dpo compares two actions in one state; set policy_model.context to 'state'")
 
 # %% ../../nbs/training/36a_arms.ipynb #4e5c1731
 def start_arm_loop(
@@ -511,6 +491,21 @@ def validate(
         loop.best = {"iteration": loop.iteration, "success": found["success"]}
 
 # %% ../../nbs/training/36a_arms.ipynb #bad125bf
+def recorded_dreams(
+    loop: ArmLoop,
+    trajectories: Sequence[Trajectory],  # dreams of an iteration
+) -> list[Trajectory]:
+    """Dreams that can be compared with reality, `training.gap_episodes` at most."""
+    dreams = [t for t in trajectories if t.aborted is None and t.task.source == "real"]
+    wanted = min(loop.config.training.gap_episodes, len(trajectories))
+    if missing := max(wanted - len(dreams), 0):
+        tasks = loop.ready.tasks
+        order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(loop.iteration)).tolist()
+        more = collect(loop, "dream", [tasks[i] for i in order[:missing]], part=2)
+        dreams += [t for t in more if t.aborted is None]
+    return dreams[:wanted]
+
+
 def measure_dream(
     loop: ArmLoop,
     row: dict[str, Any],  # metrics are added
@@ -518,7 +513,7 @@ def measure_dream(
 ) -> None:
     """Gap between dream and real success on the same tasks; hazard, rewards and replays of the policy's own dreams."""
     training, env, section = loop.config.training, loop.ready.env, loop.config.policy_model
-    dreams = [t for t in trajectories if t.aborted is None and t.task.source == "real"][: training.gap_episodes]
+    dreams = recorded_dreams(loop, trajectories)
     if len(dreams) < 2:
         return
     temperature, tasks = loop.config.rl.temperature, [t.task for t in dreams]

@@ -19,9 +19,13 @@ from .policy import Policy, TokenScores
 from .ppo import Credit, FiniteGuard, TokenBatch, UpdateSettings, collect, drift, kl_k3, optimise
 
 # %% auto #0
-__all__ = ['episode_groups', 'make_group_batch', 'turn_rewards', 'GRPOSettings', 'grpo_loss', 'grpo_share', 'grpo_update']
+__all__ = ['GROUPED', 'episode_groups', 'make_group_batch', 'turn_rewards', 'GRPOSettings', 'grpo_loss', 'grpo_share',
+           'grpo_update']
 
 # %% ../../nbs/training/34_grpo.ipynb #79d0430c
+GROUPED: tuple[Estimator, ...] = ("grpo", "rloo", "gigpo")  # need several episodes of each task
+
+
 def episode_groups(
     trajectories: Sequence[Trajectory],
 ) -> Tensor:  # (B,) group numbers

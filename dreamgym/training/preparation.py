@@ -30,7 +30,9 @@ from ..models.experience_sft import balanced_rows, encode_examples, train_on_exa
 from ..models.reasoning_model import ReasoningExperienceModel, parse_target, render_target
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import write_json
+from . import scale
 from .baselines import CloningReport, clone, demonstrations
+from .grpo import GROUPED
 from .policy import Policy, make_codec
 from .rollout import RolloutConfig, rollout
 
@@ -41,8 +43,8 @@ __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 
            'offline_data', 'with_states', 'with_initial_states', 'environment_texts', 'make_language_model',
            'agent_texts', 'make_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts',
            'lost_targets', 'check_tokens', 'experience_model', 'train_experience_model', 'check_served',
-           'check_refresh', 'check_curriculum', 'open_client', 'keep_ledger', 'explained', 'first_texts', 'stamps',
-           'homes']
+           'check_refresh', 'check_algorithm', 'check_curriculum', 'open_client', 'keep_ledger', 'explained',
+           'first_texts', 'stamps', 'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -338,6 +340,24 @@ def check_refresh(
             f"{asked}: nothing is dreamt with training.mode {config.training.mode!r} and buffer.synthetic_ratio "
             f"{config.buffer.synthetic_ratio:g}; set refresh_every to 0, or let the policy dream"
         )
+
+# %% ../../nbs/training/35a_preparation.ipynb #84095d5e
+def check_algorithm(
+    config: Config,
+) -> None:
+    """Raises ConfigError for settings of `rl` that do not go together."""
+    rl, size = config.rl, config.training.batch_size
+    if rl.algorithm in GROUPED and size % rl.group_size:
+        raise ConfigError(
+            f"training.batch_size {size}: {rl.algorithm} needs whole groups of rl.group_size={rl.group_size} episodes; "
+            f"set it to {max(size // rl.group_size, 1) * rl.group_size}"
+        )
+    if not rl.group_std and rl.algorithm != "grpo":
+        raise ConfigError(f"rl.group_std: false is Dr. GRPO, for rl.algorithm: grpo only, not {rl.algorithm}")
+    if rl.algorithm == "rft" and (scale.asked_for("FSDP") or scale.asked_for("DEEPSPEED")):
+        raise ConfigError("rl.algorithm: rft steps on each rank alone, with whole weights; use torchrun (DDP)")
+    if rl.algorithm == "dpo" and config.policy_model.context != "state":
+        raise ConfigError("rl.algorithm: dpo compares two actions in one state; set policy_model.context to 'state'")
 
 # %% ../../nbs/training/35a_preparation.ipynb #e16a4c38
 def check_curriculum(

@@ -457,7 +457,7 @@ def check_settings(config: Config) -> None:
     """Raises ConfigError for settings that do not go together."""
     prep.check_served(config.reasoning_model, config.environment.offline_data)
     prep.check_refresh(config)
-    arms.check_algorithm(config)
+    prep.check_algorithm(config)
 
 
 def check_arm(config: Config, arm: str) -> str:

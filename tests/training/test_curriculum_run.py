@@ -120,6 +120,17 @@ def test_real_episodes_are_of_seed_tasks_whatever_the_share(share, whole, tmp_pa
         assert all(task.source == "real" for task in real) and all(task.source == "generated" for task in dreamt)
 
 
+def test_dreams_are_watched_where_all_tasks_are_generated(whole, tmp_path):  # noqa: F811
+    loop = loop_of(tmp_path, whole / "prepared", **ON | {"curriculum__synthetic_fraction_max": 1.0})
+    row = run_iteration(loop)
+    assert loop.curriculum.known.generated and row["dream/gap_n"] == 3 and "dream/gap" in row
+    dreams, _ = play_iteration(loop)
+    assert all(t.task.source == "generated" for t in dreams)
+    measured = arms.recorded_dreams(loop, dreams)
+    assert len({t.task.id for t in measured}) == 3 and all(t.task.source == "real" for t in measured)
+    assert len(arms.recorded_dreams(loop, dreams[:2])) == 2  # never more than were dreamt
+
+
 def test_a_real_arm_generates_nothing(whole, tmp_path):  # noqa: F811
     loop = loop_of(tmp_path, whole / "prepared", "real", **ON)
     dreamt, real = arms.sample_tasks(loop)

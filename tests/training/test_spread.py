@@ -15,8 +15,8 @@ from test_trainer import TINY, metrics
 from dreamgym.core.config import load_config
 from dreamgym.core.errors import ConfigError, MissingExtra
 from dreamgym.training import scale
-from dreamgym.training.arms import check_algorithm
 from dreamgym.training.checkpoints import read_manifest
+from dreamgym.training.preparation import check_algorithm
 from dreamgym.training.scale import make_accelerator
 from dreamgym.training.trainer import DreamGymTrainer
 

@@ -143,7 +143,7 @@ def refresh(
     fresh: Sequence[Experience],  # annotated real rollouts, whole episodes in order
     section: ReasoningModelConfig,
     steps: int = 200,  # 0: the buffer alone learns
-    replay: float = 1.0,  # old rows for each fresh one
+    replay: float | None = None,  # old rows for each fresh one; None: so many that no row is read twice
     start: float = 0.2,  # of the peak learning rate, from which it decays again
     seed: int = 0,
 ) -> Refreshed:
@@ -151,7 +151,8 @@ def refresh(
     if not fresh or any(e.source != "real" for e in fresh):
         raise DataError("refresh: expected fresh real transitions; a model must not learn from its own dreams")
     buffer: Any = model.buffer
-    old = old_episodes(buffer, round(replay * len(fresh)), seed) if replay else []
+    rows = steps * section.batch_size - len(fresh) if replay is None else round(replay * len(fresh))
+    old = old_episodes(buffer, rows, seed) if rows > 0 else []
     admitted, loss = buffer.add_many(fresh), None
     calm = section.model_copy(update={"lr": start * section.lr, "train_steps": steps})
     if steps:

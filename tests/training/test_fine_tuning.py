@@ -124,6 +124,16 @@ def test_a_refresh_learns_the_fresh_and_counts_it(env, rows, small):
     assert example_loss(small.model, examples).item() < 0.7 * start and report.loss < start
 
 
+def test_a_refresh_reads_no_row_twice_where_there_are_enough(env, rows, small):
+    buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
+    buffer.add_many(rows[8:])
+    model = ExperiencePrompts(ReasoningModelConfig(), buffer, env.mapper)
+    longest = max(Counter(e.episode_id for e in rows).values())
+    report = refresh(model, small, rows[:8], ReasoningModelConfig(batch_size=8), steps=4)
+    assert 4 * 8 <= report.real_transitions + report.replayed < 4 * 8 + longest
+    assert refresh(model, small, rows[:8], ReasoningModelConfig(batch_size=8), steps=1).replayed == 0
+
+
 def test_old_rows_are_replayed_with_their_history(env, rows):
     buffer = ExperienceReplayBuffer(BufferConfig(), dedup=False)
     dreamt = [replace(e, source="synthetic", episode_id="dreamt") for e in rows[:5]]

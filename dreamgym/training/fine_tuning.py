@@ -144,7 +144,7 @@ def refresh(
     section: ReasoningModelConfig,
     steps: int = 200,  # 0: the buffer alone learns
     replay: float | None = None,  # old rows for each fresh one; None: so many that no row is read twice
-    start: float = 0.2,  # of the peak learning rate, from which it decays again
+    start: float | None = None,  # share of the peak rate, from which it decays again; None: where training ended
     seed: int = 0,
 ) -> Refreshed:
     """Trains again on fresh and old real rows. Raises DataError without fresh rows, or if some of them were dreamt."""
@@ -154,7 +154,8 @@ def refresh(
     rows = steps * section.batch_size - len(fresh) if replay is None else round(replay * len(fresh))
     old = old_episodes(buffer, rows, seed) if rows > 0 else []
     admitted, loss = buffer.add_many(fresh), None
-    calm = section.model_copy(update={"lr": start * section.lr, "train_steps": steps})
+    share = section.lr_end if start is None else start
+    calm = section.model_copy(update={"lr": share * section.lr, "train_steps": steps})
     if steps:
         loss = train_again(model, language_model, [*old, *fresh], calm, seed)
     return Refreshed(len(fresh), admitted, len(old), loss)

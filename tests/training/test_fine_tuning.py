@@ -117,7 +117,7 @@ def test_a_refresh_learns_the_fresh_and_counts_it(env, rows, small):
     section = ReasoningModelConfig(batch_size=8, lr=2e-2)
     examples = encode_examples(fresh, model, small.tokenizer)
     start = example_loss(small.model, examples).item()
-    report = refresh(model, small, fresh, section, steps=40, replay=0.5)
+    report = refresh(model, small, fresh, section, steps=40, replay=0.5, start=0.2)
     assert report.real_transitions == report.admitted == len(fresh) and len(buffer) == len(rows)
     longest = max(Counter(e.episode_id for e in old).values())
     assert round(0.5 * len(fresh)) <= report.replayed < round(0.5 * len(fresh)) + longest

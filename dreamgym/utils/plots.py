@@ -137,7 +137,11 @@ def plot_curves(
     figure, axes = new_axes("iteration (rollouts + updates)", ylabel, title)
     for name, (iterations, values) in curves.items():
         draw_curve(axes, iterations, values, name, method_colour(name))
-    axes.legend(frameon=False, fontsize=8)
+    if len(curves) > 3:  # too many to stand between the lines
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.set_figwidth(figure.get_figwidth() + 1.3)
+    else:
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 # %% ../../nbs/utils/07_plots.ipynb #cc249302

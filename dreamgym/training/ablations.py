@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +32,7 @@ __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', '
            'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
            'pooled_with', 'compare_dreams', 'summarise_ablations', 'with_earlier', 'run_ablations',
            'table_of_ablations', 'points_of', 'plot_ablations', 'plot_dreams', 'table_of_dreams', 'sweeps_of',
-           'plot_sweep']
+           'hazard_text', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -356,7 +356,7 @@ def plot_ablations(
     """What each ablation changes, with intervals over seeds, and the paper's numbers as marks."""
     names = [name for name in summary if "minus_full" in summary[name]]
     figure, axes = new_axes("", "minus the full (points)", title)
-    figure.set_size_inches(max(5.0, 1 + 0.75 * len(names)), 3)
+    figure.set_figwidth(max(5.0, 1 + 0.85 * len(names)))
     for x, name in enumerate(names):
         lost, error = points_of(summary[name]["minus_full"])
         axes.bar(x, lost["mean"], width=0.6, color=COLOURS["dream"], yerr=error, capsize=4)
@@ -376,9 +376,10 @@ def plot_ablations(
     axes.axhline(0, color="black", linewidth=0.8)
     axes.use_sticky_edges = False  # room for numbers above 0
     axes.margins(y=0.2)
-    short = {"without ": "w/o ", " = ": "=", " ": "\n"}
-    labels = [reduce(lambda text, pair: text.replace(*pair), short.items(), summary[name]["label"]) for name in names]
+    short = [summary[name]["label"].replace("without ", "w/o ").replace(" = ", "=") for name in names]
+    labels = [textwrap.fill(label, 13) for label in short]
     axes.set_xticks(range(len(names)), labels, fontsize=8)
+    figure.set_figheight(2.7 + 0.14 * max(label.count("\n") + 1 for label in labels))
     counts = sorted({(summary[name]["n"], summary[name]["minus_full"]["seeds"]) for name in names})
     said = " or ".join(f"n={n} games, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in counts)
     axes.set_xlabel(f"{said}\n95 % intervals over seeds", fontsize=8)
@@ -393,6 +394,7 @@ def plot_dreams(
     import matplotlib.pyplot as plt
 
     parts = {name: part for name, part in summary.items() if name != FULL and part.get("curve")}
+    labels = [textwrap.fill(part["label"], 28) for part in parts.values()]
     lines = [("full_curve", COLOURS["behaviour cloning"], -0.18), ("curve", COLOURS["dream"], 0.1)]  # grey above
     size = 9, 1.6 + 0.36 * len(parts)
     figure, panels = plt.subplots(1, len(DREAM), sharey=True, figsize=size, dpi=100, layout="constrained")
@@ -408,7 +410,7 @@ def plot_dreams(
         axes.set_xlabel(xlabel)
         axes.grid(axis="x", alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(parts)), [part["label"] for part in parts.values()], fontsize=8)
+    panels[0].set_yticks(range(len(parts)), labels, fontsize=8)
     panels[0].invert_yaxis()
     figure.suptitle(
         f"{title}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds", fontsize=9
@@ -450,6 +452,12 @@ def sweeps_of(
     return {key: dict(sorted(rows.items(), key=rank)) for key, rows in found.items()}
 
 # %% ../../nbs/training/41_ablations.ipynb #7a75b0dc
+def hazard_text(row: Row) -> str:
+    """Hazard of an ablation, and what it has over the full method's on the same seeds."""
+    more = row.get("dream_minus_full", {}).get("hazard")
+    return "–" if row["hazard"] is None else f"{row['hazard']:.3f}" + (f" ({more['mean']:+.3f})" if more else "")
+
+
 def plot_sweep(
     key: str,  # 'buffer.top_k'
     rows: Mapping[str, Row],  # value: its row
@@ -465,9 +473,10 @@ def plot_sweep(
         means.append(lost["mean"])
     axes.plot(means, color=COLOURS["dream"])
     axes.axhline(0, color="black", linewidth=0.8)
-    hazards = ["–" if row["hazard"] is None else f"{row['hazard']:.3f}" for row in rows.values()]
-    lines = [f"{value}\nhazard {h}\n{row['real_transitions']:,.0f}" for (value, row), h in zip(rows.items(), hazards)]
+    lines = [f"{value}\n{hazard_text(row)}\n{row['real_transitions']:,.0f}" for value, row in rows.items()]
     axes.set_xticks(range(len(rows)), lines, fontsize=8)
     counts = sorted({row["n"] for row in rows.values()})
-    axes.set_xlabel(f"{key}, hazard, real transitions (n={'/'.join(map(str, counts))} games)", fontsize=8)
+    axes.set_xlabel(
+        f"{key}, hazard (minus the full's), real transitions (n={'/'.join(map(str, counts))} games)", fontsize=8
+    )
     return figure

@@ -357,10 +357,8 @@ def test_interquartile_mean_over_types_and_seeds():
     two = [row(0, 2, 8), row(1, 4, 6)]
     found = bm.over_types(two)
     assert found["value"] == pytest.approx(0.5)  # of .2 .4 .6 .8 the middle two
-    assert (found["low"], found["high"]) == (
-        pytest.approx(0.4),
-        pytest.approx(0.6),
-    )  # .2 .2 or .4 .4 beside .6 .6 or .8 .8
+    ends = pytest.approx(0.4), pytest.approx(0.6)  # .2 .2 or .4 .4, beside .6 .6 or .8 .8
+    assert (found["low"], found["high"]) == ends
     assert bm.over_types([row(0, 2, 8)]) is None
 
 
@@ -375,6 +373,8 @@ def test_interquartile_mean_of_differences_is_taken_type_by_type():
     assert found["mean"] == pytest.approx((5 / 30 - 7 / 30) / 2) and found["seeds"] == 2
     with pytest.raises(ValueError):
         bm.over_types(mine, base[:1])
+    other = [r | {"by_type": {"heat": r["by_type"]["heat"], "cool": [1, 2]}} for r in base]  # another set of types
+    assert bm.over_types(mine, other)["value"] == pytest.approx((0.1 - 0.6) / 2)
 
 
 def test_the_table_has_a_line_for_each_method(tmp_path):

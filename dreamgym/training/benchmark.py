@@ -324,8 +324,9 @@ def over_types(
     others: Sequence[Row | None] = base or [None] * len(rows)
     for row, other in zip(rows, others, strict=True):
         for kind, (won, n) in row["by_type"].items():
-            less, games = other["by_type"][kind] if other else (0, 1)
-            strata.setdefault(kind, []).append(won / n - less / games)
+            less, games = other["by_type"].get(kind, (0, 0)) if other else (0, 1)
+            if games:  # a type that only one of two has says nothing of their difference
+                strata.setdefault(kind, []).append(won / n - less / games)
     if len(rows) < 2 or not strata:
         return None
     found = stratified_bootstrap(list(strata.values()))

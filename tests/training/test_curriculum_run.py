@@ -131,6 +131,18 @@ def test_dreams_are_watched_where_all_tasks_are_generated(whole, tmp_path):  # n
     assert len(arms.recorded_dreams(loop, dreams[:2])) == 2  # never more than were dreamt
 
 
+def test_to_watch_changes_nothing_that_is_trained(whole, tmp_path, monkeypatch):  # noqa: F811
+    policies = []
+    for name in ("watched", "alone"):
+        if name == "alone":
+            monkeypatch.setattr(arms, "recorded_dreams", lambda loop, trajectories: [])
+        loop = loop_of(tmp_path / name, whole / "prepared", **ON | {"curriculum__synthetic_fraction_max": 1.0})
+        rows = [run_iteration(loop) for _ in range(2)]
+        assert all(("dream/gap" in row) == (name == "watched") for row in rows)
+        policies.append([value.clone() for value in loop.policy.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*policies, strict=True))
+
+
 def test_a_real_arm_generates_nothing(whole, tmp_path):  # noqa: F811
     loop = loop_of(tmp_path, whole / "prepared", "real", **ON)
     dreamt, real = arms.sample_tasks(loop)

@@ -202,6 +202,9 @@ class CurriculumConfig(Section):
     )
     synthetic_fraction_max: float = Field(0.0, ge=0, le=1, description="largest share of generated tasks, λ [paper]")
     seed_tasks: int | None = Field(None, gt=0, description="seed tasks; null: the whole training split (tasks) [ours]")
+    best_predicted: float | None = Field(
+        None, gt=0, le=1, description="share of tasks to dream of, those predicted best; null: all [ours]"
+    )
     shown_tasks: int = Field(3, gt=0, description="tasks of high reward variance in a request, m (tasks) [ours]")
     candidates: int = Field(4, gt=0, description="variations to select from, for each generated task [ours]")
     clusters: int = Field(24, gt=0, description="clusters of tasks that are groups where ppo has none [ours]")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,10 +20,12 @@ from ..core.errors import DataError
 from ..core.language_model import LanguageModel, PromptEncoder, make_rows, trunk
 from ..environments.base_env import StateMapper
 from .reasoning_model import ExperiencePrompts, Query, render_target
+from .replay_buffer import read_rows
 
 # %% auto #0
 __all__ = ['training_queries', 'encode_examples', 'split_experiences', 'endless_batches', 'learning_rate', 'balanced_rows',
-           'transition_kinds', 'verb_of', 'example_loss', 'adamw', 'train_on_examples']
+           'transition_kinds', 'verb_of', 'example_loss', 'adamw', 'train_on_examples', 'losses_by_task',
+           'best_predicted']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
 def training_queries(
@@ -151,12 +153,13 @@ def verb_of(
 def example_loss(
     model: Any,  # causal language model
     examples: Sequence[tuple[list[int], list[int]]],  # prompt ids, target ids
-) -> torch.Tensor:  # scalar, nats per target token
-    """Mean cross-entropy of the target tokens of a batch."""
+    reduction: str = "mean",  # or 'none'
+) -> torch.Tensor:  # nats per target token; with 'none' of each one, example by example
+    """Cross-entropy of the target tokens of a batch."""
     rows = make_rows([p for p, _ in examples], [t for _, t in examples], model.device)
     hidden, head = trunk(model, rows.ids)
     at = rows.action_mask[:, 1:]
-    return F.cross_entropy(head(hidden[:, :-1][at]).float(), rows.ids[:, 1:][at])
+    return F.cross_entropy(head(hidden[:, :-1][at]).float(), rows.ids[:, 1:][at], reduction=reduction)
 
 # %% ../../nbs/models/23_experience_sft.ipynb #c427537e
 def adamw(
@@ -201,3 +204,37 @@ def train_on_examples(
             on_step(step, losses[-1])
     model.eval()
     return losses
+
+# %% ../../nbs/models/23_experience_sft.ipynb #63b65ef0
+@torch.no_grad()
+def losses_by_task(
+    experiences: Sequence[Experience],
+    model: ExperiencePrompts,  # its prompt, retrieval and mapper
+    language_model: LanguageModel,  # whose loss it is
+    batch: int = 64,  # rows of a forward pass
+) -> dict[str, float]:  # by task id, nats per target token
+    """How well each task's recorded steps are predicted."""
+    examples = encode_examples(experiences, model, language_model.tokenizer)
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))
+    nats, tokens = defaultdict[str, float](float), Counter[str]()
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        losses = example_loss(language_model.model, [examples[i] for i in chosen], "none")
+        for i, loss in zip(chosen, losses.split([len(examples[i][1]) for i in chosen]), strict=True):
+            nats[experiences[i].task_id] += loss.sum().item()
+            tokens[experiences[i].task_id] += len(loss)
+    return {task: nats[task] / tokens[task] for task in nats}
+
+# %% ../../nbs/models/23_experience_sft.ipynb #68954b6f
+def best_predicted(
+    tasks: Sequence[Task],
+    share: float,  # of tasks that stay, at least one
+    model: Any,  # ReasoningExperienceModel with weights in this process
+) -> list[Task]:  # in their order
+    """The tasks whose steps in the buffer are predicted best; steps of the policy itself where there are any."""
+    rows = [e for _, e in read_rows(model.buffer.db, "evicted_at IS NULL")]
+    own = [e for e in rows if e.policy == "cloned"]
+    losses = losses_by_task(own or rows, model, model.client.language_model)
+    best = sorted((task.id for task in tasks if task.id in losses), key=losses.__getitem__)
+    kept = set(best[: max(1, round(share * len(tasks)))])
+    return [task for task in tasks if task.id in kept]

@@ -71,6 +71,7 @@ REMEDIES: Mapping[str, Ablation] = MappingProxyType(
         "kl": Ablation("closer to the start", "rl.kl_coef=0.02"),
         "gap-stop": Ablation("stops at a gap of .1", "training.gap_stop=0.1"),
         "refresh": Ablation("refreshed by real games", "reasoning_model.refresh_every=3"),
+        "best-predicted": Ablation("the half predicted best", "curriculum.best_predicted=0.5"),
     }
 )
 

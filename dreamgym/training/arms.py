@@ -27,6 +27,7 @@ from ..core.llm import LLMClient
 from ..environments.base_env import Environment
 from ..environments.dream_env import DreamEnv
 from ..models.curriculum_generator import CurriculumTaskGenerator
+from ..models.experience_sft import best_predicted
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import RunDir, truncate_file
@@ -166,7 +167,10 @@ def make_curriculum(loop: ArmLoop) -> CurriculumTaskGenerator:
     config, env = loop.config, loop.ready.env
     offers: dict[str, Any] = {"by_cluster": group_size(loop) == 1, "vary": env.vary}
     offers["feasible"] = env.feasible or partial(dreams_of_success, loop)
-    return CurriculumTaskGenerator(config.curriculum, loop.ready.tasks, config.training.seed, **offers)
+    tasks, share = loop.ready.tasks, config.curriculum.best_predicted
+    if share is not None and loop.arm != "real" and loop.ready.model is not None:
+        tasks = best_predicted(tasks, share, loop.ready.model)
+    return CurriculumTaskGenerator(config.curriculum, tasks, config.training.seed, **offers)
 
 
 def task_writer(loop: ArmLoop) -> LLMClient | None:

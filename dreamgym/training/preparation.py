@@ -364,7 +364,15 @@ def check_curriculum(
     config: Config,
     env: Environment,
 ) -> None:
-    """Warns where nobody can write the tasks that are asked for; the run goes on with recorded ones."""
+    """Warns where nobody can write the tasks that are asked for; the run goes on with recorded ones.
+
+    Raises ConfigError where the best predicted ones are asked for and a server has the weights.
+    """
+    if config.curriculum.best_predicted is not None and config.reasoning_model.provider != "local":
+        raise ConfigError(
+            f"curriculum.best_predicted {config.curriculum.best_predicted:g}: expected an experience model in this "
+            f"process, whose losses can be read, got provider={config.reasoning_model.provider!r}; set it to null"
+        )
     share = config.curriculum.synthetic_fraction_max * bool(config.curriculum.difficulty_increment)
     if share and env.vary is None and config.reasoning_model.name == "scratch":
         log.warning(

@@ -12,6 +12,8 @@ from test_trainer import config, metrics, trainer, weights, whole  # noqa: F401,
 
 from dreamgym.core.data_structures import Task
 from dreamgym.environments.base_env import make_environment
+from dreamgym.models.experience_sft import encode_examples, example_loss
+from dreamgym.models.replay_buffer import read_rows
 from dreamgym.training import arms
 from dreamgym.training.arms import dreams_of_success, play_iteration, run_iteration, start_arm_loop
 from dreamgym.training.checkpoints import newest_checkpoint
@@ -63,6 +65,25 @@ def test_generated_tasks_dream_in_the_world_of_their_seed_task(grown):
         assert task["instruction"] in task["initial_state"] and task["instruction"] != world["instruction"]
     played = [json.loads(line)["task_id"] for line in (grown / "dream" / "episodes.jsonl").read_text().splitlines()]
     assert {task["id"] for task in state["generated"]} & set(played)
+
+
+def test_only_the_tasks_that_are_predicted_best_are_dreamt(whole, tmp_path):  # noqa: F811
+    """Those of the lowest loss, each step asked by itself; a real arm still plays all of them."""
+    loop = loop_of(tmp_path, whole / "prepared", curriculum__best_predicted=0.5)
+    ready, model = loop.ready, loop.ready.model
+    own = [e for _, e in read_rows(ready.buffer.db, "policy = 'cloned'")]
+    losses = {}
+    for task in ready.tasks:
+        examples = encode_examples(
+            [e for e in own if e.task_id == task.id], model, model.client.language_model.tokenizer
+        )
+        nats = [example_loss(model.client.language_model.model, [one]).item() * len(one[1]) for one in examples]
+        losses[task.id] = sum(nats) / sum(len(target) for _, target in examples)
+    best = sorted(losses, key=losses.__getitem__)[:3]
+    assert set(loop.curriculum.known.seeds) == set(best) and len(ready.tasks) == 6
+    assert {t.task.id for t in play_iteration(loop)[0]} == set(best)
+    real = start_arm_loop(loop.config, ready, "real", "cpu", RunDir(tmp_path / "real"))
+    assert len(real.curriculum.known.seeds) == 6
 
 
 @pytest.mark.parametrize("stop", ["killed", "stopped"])

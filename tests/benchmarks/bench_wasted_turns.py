@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_wasted_turns.py clone=RUN/prepared/policy_iter_0000.json last=RUN/…/policy_iter_0008.json
 
-Each policy plays the first `--games` games of each split at temperature 1; official games where they are found.
+Each policy plays the first `--games` games of each split at temperature 1, or those from the number after an @ on
+(`train@600`: training games that the preset has not cloned); official games where they are found.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ def main() -> None:
     env = make_environment("alfworld", config.environment)
     for name, _, manifest in (text.partition("=") for text in options.policies):
         policy = load_policy(Path(manifest))
-        for split in options.splits.split(","):
-            tasks = env.tasks(split)[: options.games]
+        for part in options.splits.split(","):
+            split, _, first = part.partition("@")
+            tasks = env.tasks(split)[int(first or 0) :][: options.games]
             found = evaluate_policy(policy, env, tasks, 1.0, section=config.policy_model)
             turns = [turn for game in found.trajectories for turn in game.turns]
             wasted = Counter(reason(turn) for turn in turns if not turn.valid)
             shares = ", ".join(f"{why} {count / len(turns):.3f}" for why, count in wasted.most_common())
             row = found.row()
             print(
-                f"{name}, {split}: success {row['success']:.3f} of {row['n']}, {len(turns)} turns, "
+                f"{name}, {part}: success {row['success']:.3f} of {row['n']}, {len(turns)} turns, "
                 f"without effect {row['invalid_actions']:.3f}: {shares}",
                 flush=True,
             )

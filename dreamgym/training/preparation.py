@@ -27,7 +27,7 @@ from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, re
 from ..environments.offline_readers import read_trajectories
 from ..models.annotation import AnnotationReport, annotate
 from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
-from ..models.reasoning_model import ReasoningExperienceModel, parse_target, render_target
+from ..models.reasoning_model import ExperiencePrompts, ReasoningExperienceModel, parse_target, render_target
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import write_json
 from . import scale
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 'training_tasks', 'record_offline',
            'offline_data', 'with_states', 'with_initial_states', 'environment_texts', 'make_language_model',
-           'agent_texts', 'make_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows', 'cloned_rollouts',
-           'lost_targets', 'check_tokens', 'experience_model', 'train_experience_model', 'check_served',
-           'check_refresh', 'check_algorithm', 'check_curriculum', 'open_client', 'keep_ledger', 'explained',
-           'first_texts', 'stamps', 'homes']
+           'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows',
+           'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model', 'train_experience_model',
+           'check_served', 'check_refresh', 'check_algorithm', 'check_curriculum', 'open_client', 'keep_ledger',
+           'explained', 'first_texts', 'stamps', 'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -154,6 +154,31 @@ def make_policy(
     """A policy that has learned nothing yet, with the codec that its section asks for."""
     language_model = make_language_model(section, {*texts} | agent_texts(section), seed, device)
     return Policy(language_model, make_codec(language_model.tokenizer, section)).to(device)
+
+# %% ../../nbs/training/35a_preparation.ipynb #28d2274e
+def pretrain_policy(
+    policy: Policy,  # changed in place
+    experiences: Sequence[Experience],  # with their reasoning
+    env: Environment,
+    config: Config,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:  # loss of each step, nats per target token; empty: not asked for
+    """Lets the policy predict recorded transitions before it is cloned."""
+    section, seed, steps = config.policy_model, config.training.seed, config.policy_model.pretrain_steps
+    if steps is None:
+        return []
+    prompts = ExperiencePrompts(ReasoningModelConfig(history=0), None, env.mapper)
+    examples = encode_examples(experiences, prompts, policy.language_model.tokenizer)
+    shown = balanced_rows(experiences, prompts.mapper, size=steps * section.bc_batch_size, seed=seed)
+    return train_on_examples(
+        policy.language_model,
+        [examples[i] for i in shown],
+        steps,
+        section.bc_batch_size,
+        section.bc_lr,
+        seed=seed,
+        on_step=on_step,
+    )
 
 # %% ../../nbs/training/35a_preparation.ipynb #22477d4d
 def clone_policy(

@@ -83,6 +83,8 @@ def make_prepared(
     say(f"{len(data):,} real transitions of expert, noisy and random behaviour in {len(tasks)} worlds")
     texts = prep.environment_texts(data, env)
     policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
+    losses = RunningLoss(say, config.policy_model.pretrain_steps or 0, "pretraining")
+    prep.pretrain_policy(policy, data, env, config, losses)
     report = prep.clone_policy(policy, data, config, lambda i, loss: say(f"cloning epoch {i + 1}: loss {loss:.3f}"))
     own = with_reasoning(trainer, prep.cloned_rollouts(policy, env, tasks, config))
     say(f"cloned from {report.rows:,} demonstrated actions; {len(own):,} transitions of its own rollouts")
@@ -188,13 +190,13 @@ def make_experience_model(
 class RunningLoss:
     """Says a running mean loss ten times during training."""
 
-    def __init__(self, say: Callable[[str], None], steps: int):
-        self.say, self.steps, self.mean = say, steps, 0.0
+    def __init__(self, say: Callable[[str], None], steps: int, what: str = "experience model"):
+        self.say, self.steps, self.what, self.mean = say, steps, what, 0.0
 
     def __call__(self, step: int, loss: float) -> None:
         self.mean = loss if step == 0 else 0.98 * self.mean + 0.02 * loss
         if (step + 1) % max(1, self.steps // 10) == 0:
-            self.say(f"experience model step {step + 1}/{self.steps}: loss {self.mean:.4f}")
+            self.say(f"{self.what} step {step + 1}/{self.steps}: loss {self.mean:.4f}")
 
 # %% ../../nbs/training/37_trainer.ipynb #2de8b7d6
 def require(
@@ -227,6 +229,7 @@ def offline_agent(
         return dpo_agent(policy, pairs, config.rl.dpo_beta, lr=config.rl.dpo_lr, seed=seed, on_log=told), last
     recorded = [e for e in rows if e.policy != "cloned"]
     policy = prep.make_policy(section, prep.environment_texts(recorded, ready.env), seed, device)
+    prep.pretrain_policy(policy, recorded, ready.env, config)
     examples, _ = prep.cloning_examples(policy, recorded, section)
     say(f"SFT on {len(examples):,} demonstrated actions")
     asked: dict[str, Any] = {

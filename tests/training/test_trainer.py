@@ -13,10 +13,11 @@ import torch
 from dreamgym.core.config import load_config
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.language_model import LanguageModel, build_model
-from dreamgym.models.reasoning_model import Query
-from dreamgym.models.replay_buffer import read_rows
+from dreamgym.models.experience_sft import encode_examples, example_loss
+from dreamgym.models.reasoning_model import ExperiencePrompts, Query
+from dreamgym.models.replay_buffer import ExperienceReplayBuffer, read_rows
 from dreamgym.training import arms
-from dreamgym.training.checkpoints import load_policy, newest_checkpoint
+from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint
 from dreamgym.training.preparation import demonstration_rows
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, claim_folder, run_iteration, start_arm_loop
@@ -106,6 +107,21 @@ def test_few_worlds_are_all_that_a_dream_knows_and_all_that_is_counted(whole, tm
     assert ready.clone_transitions == everything.clone_transitions
     for name, weight in everything.policy.state_dict().items():
         assert torch.equal(weight, ready.policy.state_dict()[name])
+
+
+def test_a_pretrained_policy_has_read_what_actions_do(whole, tmp_path):
+    """The recorded data stay; the clone still knows more of what follows an action than one that never saw it."""
+    t, plain = trainer(tmp_path, policy_model__pretrain_steps=40), load_policy(whole / "prepared" / manifest_name(0))
+    ready = t.prepare(dream=False)
+    rows = [e for _, e in read_rows(ready.buffer.db, "policy != 'cloned'")]
+    recorded = read_rows(ExperienceReplayBuffer(t.config.buffer, whole / "prepared" / "experience.db").db, "1")
+    assert rows == [e for _, e in recorded if e.policy != "cloned"]
+    prompts = ExperiencePrompts(t.config.reasoning_model, mapper=t.env.mapper)
+    few = encode_examples(rows[:64], prompts, plain.language_model.tokenizer)
+    assert ready.policy.language_model.tokenizer.get_vocab() == plain.language_model.tokenizer.get_vocab()
+    with torch.no_grad():
+        before, after = (example_loss(p.language_model.model, few).item() for p in (plain, ready.policy))
+    assert after < 0.8 * before
 
 
 def test_a_dream_that_is_too_good_ends_and_s2r_goes_on_from_it(whole, tmp_path, monkeypatch):

@@ -466,7 +466,7 @@ def plot_sweep(
 ) -> Any:  # figure
     """Each value minus the full method's own, seed by seed; below each value the hazard and the real transitions."""
     figure, axes = new_axes("", "minus the full (points)", title)
-    figure.set_size_inches(max(5.0, 1 + 1.1 * len(rows)), 3)
+    figure.set_size_inches(max(5.0, 1 + 1.1 * len(rows)), 3.4)
     means = []
     for x, row in enumerate(rows.values()):
         lost, error = points_of(row.get("minus_full", {"mean": 0.0, "low": None}))
@@ -477,7 +477,6 @@ def plot_sweep(
     lines = [f"{value}\n{hazard_text(row)}\n{row['real_transitions']:,.0f}" for value, row in rows.items()]
     axes.set_xticks(range(len(rows)), lines, fontsize=8)
     counts = sorted({row["n"] for row in rows.values()})
-    axes.set_xlabel(
-        f"{key}, hazard (minus the full's), real transitions (n={'/'.join(map(str, counts))} games)", fontsize=8
-    )
+    games = "/".join(f"{n:,}" for n in counts)
+    axes.set_xlabel(f"{key}\nhazard (minus the full's)\nreal transitions\nn={games} games", fontsize=8)
     return figure

@@ -75,7 +75,7 @@ class Prepared:
 
     @property
     def clone_transitions(self) -> int:
-        """Real transitions of the episodes that the policy was cloned from."""
+        """Recorded real transitions that the cloned policy has learned from."""
         return self.counts["demonstrations"]
 
 # %% ../../nbs/training/36a_arms.ipynb #235cb008

@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 'training_tasks', 'record_offline',
            'offline_data', 'with_states', 'with_initial_states', 'environment_texts', 'make_language_model',
            'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows',
-           'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model', 'train_experience_model',
-           'check_served', 'check_refresh', 'check_algorithm', 'check_curriculum', 'open_client', 'keep_ledger',
-           'explained', 'first_texts', 'stamps', 'homes']
+           'rows_of_clone', 'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model',
+           'train_experience_model', 'check_served', 'check_refresh', 'check_algorithm', 'check_curriculum',
+           'open_client', 'keep_ledger', 'explained', 'first_texts', 'stamps', 'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -221,6 +221,16 @@ def demonstration_rows(
     count = min(episodes, len(names))
     chosen = {names[i * len(names) // count] for i in range(count)}
     return [e for e in experiences if e.episode_id in chosen]
+
+
+def rows_of_clone(
+    experiences: Sequence[Experience],
+    section: PolicyModelConfig,
+) -> list[Experience]:
+    """Recorded rows that a clone has learned from: demonstrations, or everything where it was pretrained."""
+    if section.pretrain_steps is not None:
+        return [e for e in experiences if e.policy != "cloned"]
+    return demonstration_rows(experiences, section.bc_demonstrations)
 
 # %% ../../nbs/training/35a_preparation.ipynb #408f7c4f
 def cloned_rollouts(

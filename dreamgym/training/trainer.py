@@ -91,7 +91,7 @@ def make_prepared(
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
     buffer.add_many(data + own)
     save_checkpoint(home, 0, policy, None, {"stage": "cloned"})
-    demonstrated = len(prep.demonstration_rows(data, config.policy_model.bc_demonstrations))
+    demonstrated = len(prep.rows_of_clone(data, config.policy_model))
     counts = {"offline": len(data), "cloned": len(own), "demonstrations": demonstrated}
     write_json(home / "counts.json", counts)
     return Prepared(env, prep.with_initial_states(tasks, data), buffer, policy, None, counts)
@@ -142,7 +142,7 @@ def within_worlds(
     buffer = ExperienceReplayBuffer(ready.buffer.config, None, ready.buffer.encoder, dedup=False)
     buffer.add_many(kept)
     own = [e for e in kept if e.policy == "cloned"]
-    shown = prep.demonstration_rows(rows, config.policy_model.bc_demonstrations)
+    shown = prep.rows_of_clone(rows, config.policy_model)
     counts = ready.counts | {"offline": played_turns(kept) - played_turns(own), "cloned": played_turns(own)}
     counts["elsewhere"] = played_turns([e for e in shown if e.task_id not in known])
     return replace(ready, tasks=tasks, buffer=buffer, counts=counts)

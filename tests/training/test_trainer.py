@@ -116,6 +116,7 @@ def test_a_pretrained_policy_has_read_what_actions_do(whole, tmp_path):
     rows = [e for _, e in read_rows(ready.buffer.db, "policy != 'cloned'")]
     recorded = read_rows(ExperienceReplayBuffer(t.config.buffer, whole / "prepared" / "experience.db").db, "1")
     assert rows == [e for _, e in recorded if e.policy != "cloned"]
+    assert ready.clone_transitions == ready.counts["offline"] == len(rows)
     prompts = ExperiencePrompts(t.config.reasoning_model, mapper=t.env.mapper)
     few = encode_examples(rows[:64], prompts, plain.language_model.tokenizer)
     assert ready.policy.language_model.tokenizer.get_vocab() == plain.language_model.tokenizer.get_vocab()

@@ -160,7 +160,8 @@ def plot_success_by_method(
     counts = sorted({success.n for success, _ in results.values()})
     axes.set_xlabel(f"method, real transitions used (n={'/'.join(map(str, counts))} games, 95 % intervals)", fontsize=8)
     axes.set_xticks(range(len(results)), [f"{m}\n{real:,}" for m, (_, real) in results.items()], fontsize=8)
-    axes.set_ylim(0, 1)
+    axes.set_yticks([n / 5 for n in range(6)])
+    axes.set_ylim(0, 1.1)  # room for the number above an interval that ends at 1
     return figure
 
 # %% ../../nbs/utils/07_plots.ipynb #346c919c

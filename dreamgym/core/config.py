@@ -159,7 +159,7 @@ class PolicyModelConfig(Section):
     context_length: int = Field(512, gt=0, description="longest prompt with response (tokens) [ours]")
     max_new_tokens: int = Field(16, gt=0, description="longest response (tokens) [ours]")
     pretrain_steps: int | None = Field(
-        None, gt=0, description="updates on what actions do, before cloning; null: none [arXiv:2510.08558]"
+        None, gt=0, description="updates on what actions do, before cloning; null: none [ours]"
     )
     bc_demonstrations: int = Field(240, ge=0, description="expert episodes for cloning; 0 skips it (episodes) [ours]")
     bc_epochs: int = Field(20, ge=0, description="most passes over the demonstrations [ours]")

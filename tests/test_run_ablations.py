@@ -29,6 +29,7 @@ SWITCHES = {  # the first seven are the design's
     "history": ("reasoning_model", "history", 0),
     "same-world": ("buffer", "same_world", False),
     "abstract-state": ("environment", "mapper", False),
+    "changes": ("reasoning_model", "whole_states", True),
     "policy-data": ("environment", "live_episodes", 0),
 }
 

@@ -105,6 +105,9 @@ class ReasoningModelConfig(ExperienceTraining):
     """Section `reasoning_model`: the experience model, how it is trained, asked and run."""
 
     reasoning: bool = Field(True, description="write the reasoning before the next state [paper]")
+    whole_states: bool | None = Field(
+        None, description="write the whole next state, as instructed models do; null: what changes [paper]"
+    )
     history: int = Field(2, ge=0, description="earlier (state, action) pairs in the prompt (turns) [verl-agent]")
     temperature: float = Field(1.0, ge=0, description="sampling temperature in a dream; 0 is greedy [ours]")
     max_new_tokens: int = Field(128, gt=0, description="longest prediction (tokens) [ours]")

@@ -55,7 +55,8 @@ def encode_examples(
     prompts: list[str] = []
     for start in range(0, len(queries), batch):
         prompts += model.prompts(queries[start : start + batch], without_demos[start : start + batch])
-    targets = [render_target(e, model.mapper, model.config.reasoning) for e in experiences]
+    form = (model.mapper, model.config.reasoning, bool(model.config.whole_states))
+    targets = [render_target(e, *form) for e in experiences]
     encoded = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
     ends = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     return list(zip(PromptEncoder(tokenizer)(prompts), ends, strict=True))

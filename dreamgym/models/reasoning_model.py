@@ -22,9 +22,9 @@ from .votes import elect, pessimistic
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'NO_ANSWER', 'REFUSED', 'Query', 'reward_line', 'render_target', 'split_target', 'parse_target', 'render_demo',
-           'render_prompt', 'asks_memory', 'write_prompt', 'ExperiencePrompts', 'parse_reply', 'unusable', 'origin',
-           'failure_kind', 'read_prediction', 'check_votes', 'sample_requests', 'ExperienceVotes',
+__all__ = ['log', 'NO_ANSWER', 'REFUSED', 'Query', 'reward_line', 'render_target', 'split_target', 'change_of', 'parse_target',
+           'render_demo', 'render_prompt', 'asks_memory', 'write_prompt', 'ExperiencePrompts', 'parse_reply',
+           'unusable', 'origin', 'failure_kind', 'read_prediction', 'check_votes', 'sample_requests', 'ExperienceVotes',
            'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
@@ -67,12 +67,14 @@ def render_target(
     experience: Experience,  # a real transition with its reasoning
     mapper: StateMapper,
     reasoning: bool = True,  # False: the paper's 'without reasoning'
+    whole: bool = False,  # the whole next state, not only what changes
 ) -> str:
     """The text that the experience model should write for a transition."""
     change = mapper.diff(experience.state, experience.next_state)
     change = "fail" if change.startswith("fail ") else change
     lines = [experience.reasoning or "no reasoning"] if reasoning else []
-    return "\n".join([*lines, change, reward_line(experience.reward, experience.terminated)])
+    lines.append(experience.next_state if whole else change)
+    return "\n".join([*lines, reward_line(experience.reward, experience.terminated)])
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #539cb205
 _REWARD = re.compile(r"reward (0(?:\.\d{1,2})?|1(?:\.00?)?)( end)?$")
@@ -96,6 +98,32 @@ def split_target(
         raise PredictionError("'fail' stands alone: the action is known and nothing else changes")
     return change, reward, terminated
 
+# %% ../../nbs/models/21_reasoning_model.ipynb #57c71992
+def change_of(
+    whole: str,  # next state, with or without colons and commas
+    state: str,
+    action: str,
+    mapper: StateMapper,
+) -> str:  # 'fail', or what `mapper.merge` makes the next state of
+    """What a whole next state changes. Raises PredictionError for one that does not follow from the last."""
+
+    def words(text: str) -> list[list[str]]:
+        return [re.sub("[:,]", " ", line).split() for line in text.split("\n")]
+
+    def merged(change: str) -> list[list[str]]:
+        try:
+            return words(mapper.merge(state, change))
+        except (ValueError, IndexError, KeyError):
+            return []
+
+    old, lines = words(state), whole.split("\n")
+    new = [line for line in lines if words(line)[0] not in old]
+    some = ["\n".join(part) for part in (new, new[:-1], [line for line in new if merged(line)])]
+    for change in [f"fail {action}", *some, lines[-1], "no change"]:
+        if merged(change) == words(whole):
+            return "fail" if change.startswith("fail ") else change
+    raise PredictionError("the next state is not the last one with some of its lines changed")
+
 # %% ../../nbs/models/21_reasoning_model.ipynb #e90bbef8
 def parse_target(
     text: str,  # the model's reply
@@ -103,10 +131,13 @@ def parse_target(
     action: str,
     mapper: StateMapper,
     reasoning: bool = True,  # the first line is R_t
+    whole: bool = False,  # it holds the whole next state
 ) -> tuple[str, str, float, bool]:  # reasoning, next state, reward, terminated
     """Reads a prediction. Raises PredictionError saying what is wrong with it."""
     lines = text.strip().split("\n")
     thought = lines.pop(0) if reasoning else ""
+    if whole:
+        lines[:-1] = [change_of("\n".join(lines[:-1]), state, action, mapper)]
     change, reward, terminated = split_target(lines)
     try:
         next_state = mapper.merge(state, f"fail {action}" if change == "fail" else change)
@@ -209,7 +240,7 @@ def parse_reply(
     """Reads a reply in the form that its model was asked for. Raises PredictionError saying what is wrong with it."""
     step = (query.state, query.action, mapper)
     if not config.instructed:
-        return parse_target(text, *step, config.reasoning)
+        return parse_target(text, *step, config.reasoning, bool(config.whole_states))
     try:
         return read_step(text, *step)
     except PredictionError as error:

@@ -47,7 +47,7 @@ def conversation_rows(
     system = [{"role": "system", "content": told}] if told else []
     rows = []
     for prompt, e in zip(prompts, experiences, strict=True):
-        answer = render_target(e, model.mapper, model.config.reasoning)
+        answer = render_target(e, model.mapper, model.config.reasoning, bool(model.config.whole_states))
         question = [*system, {"role": "user", "content": spelt_out(prompt, control)}]
         rows.append({"prompt": question, "completion": [{"role": "assistant", "content": spelt_out(answer, control)}]})
     return rows

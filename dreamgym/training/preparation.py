@@ -256,15 +256,16 @@ def lost_targets(
     mapper: StateMapper,
     tokenizer: Any,
     reasoning: bool = True,
+    whole: bool = False,  # `reasoning_model.whole_states`
 ) -> list[tuple[str, str]]:  # target, and what its tokens say
     """Targets that tokens cannot express: read back, they mean another state to model or mapper, or nothing."""
-    targets = [render_target(e, mapper, reasoning) for e in experiences]
+    targets = [render_target(e, mapper, reasoning, whole) for e in experiences]
     ids = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
     read = tokenizer.batch_decode(ids)
 
     def meaning(text: str, e: Experience) -> Any:
         try:
-            _, state, *outcome = parse_target(text, e.state, e.action, mapper, reasoning)
+            _, state, *outcome = parse_target(text, e.state, e.action, mapper, reasoning, whole)
         except PredictionError:
             return None
         return tokenizer(state, add_special_tokens=False)["input_ids"], mapper.admissible_actions(state), outcome
@@ -281,10 +282,11 @@ def check_tokens(
     mapper: StateMapper,
     tokenizer: Any,
     reasoning: bool = True,
+    whole: bool = False,  # `reasoning_model.whole_states`
 ) -> None:
     """Warns of targets that tokens cannot express. Raises ConfigError where they are more than half of all."""
     tried = experiences[:: max(1, len(experiences) // 2000)]
-    lost = lost_targets(tried, mapper, tokenizer, reasoning)
+    lost = lost_targets(tried, mapper, tokenizer, reasoning, whole)
     if not lost:
         return
     said = (
@@ -318,7 +320,8 @@ def train_experience_model(
 ) -> list[float]:  # loss of each step, nats per target token
     """Fine-tunes on annotated real transitions. Raises ConfigError if the tokenizer loses most of what they say."""
     section = config.reasoning_model
-    check_tokens(experiences, model.mapper, language_model.tokenizer, section.reasoning)
+    form = (section.reasoning, bool(section.whole_states))
+    check_tokens(experiences, model.mapper, language_model.tokenizer, *form)
     random = torch.Generator().manual_seed(config.training.seed)
     bare = (torch.rand(len(experiences), generator=random) < section.demo_dropout).tolist()
     examples = encode_examples(experiences, model, language_model.tokenizer, bare)

@@ -104,6 +104,41 @@ def test_a_model_that_writes_the_truth_predicts_it(env, rows):
         assert all(getattr(prediction, name) == getattr(row, name) for name in same)
 
 
+def test_whole_next_states_say_what_changes_do(env, rows):
+    """Read with and without colons and commas, which tokenizers from scratch drop; a damaged one is refused."""
+    rng, refused = random.Random(0), 0
+    for row in rows:
+        text = render_target(row, env.mapper, whole=True)
+        assert row.next_state in text
+        for written in (text, text.replace(":", "").replace(",", "")):
+            found = parse_target(written, row.state, row.action, env.mapper, whole=True)
+            assert found[1:] == (row.next_state, row.reward, row.terminated)
+        thought, *lines, last = text.split("\n")
+        lines.pop(rng.randrange(len(lines)))
+        with pytest.raises(PredictionError, match="some of its lines changed"):
+            parse_target("\n".join([thought, *lines, last]), row.state, row.action, env.mapper, whole=True)
+        refused += 1
+    assert refused == len(rows) > 100
+
+
+@pytest.mark.parametrize("name, raw", [("alfworld", True), ("taubench", False), ("webshop", False)])
+def test_whole_next_states_of_other_mappers_are_read_too(name, raw):
+    env = make_environment(name, EnvironmentConfig(name=name, data_dir="generated", mapper=not raw))
+    mapper = env.mapper or TranscriptMapper()
+    for episode in record(env, env.tasks("train")[:12], RANDOM):
+        for row in episode:
+            text = render_target(row, mapper, reasoning=False, whole=True)
+            assert parse_target(text, row.state, row.action, mapper, False, True)[1] == row.next_state
+
+
+def test_models_of_whole_states_are_asked_and_read_so(env, rows):
+    section = ReasoningModelConfig(whole_states=True)
+    client = Answers(*(render_target(row, env.mapper, whole=True) for row in rows))
+    model = ReasoningExperienceModel(section, client, mapper=env.mapper)
+    predictions = model.predict(training_queries(rows))
+    assert [p.next_state for p in predictions] == [row.next_state for row in rows] and model.malformed == 0
+
+
 @pytest.mark.parametrize(
     "reply, complaint",
     [

@@ -55,7 +55,9 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "history": Ablation("without history", "reasoning_model.history=0"),
         "same-world": Ablation("replay from all worlds", "buffer.same_world=false"),
         "abstract-state": Ablation("raw observations", "environment.mapper=false"),
-        "changes": Ablation("whole next states", "reasoning_model.whole_states=true"),
+        "changes": Ablation(
+            "whole next states", "reasoning_model.whole_states=true reasoning_model.max_new_tokens=256"
+        ),
         "policy-data": Ablation("without the policy's own data", "environment.live_episodes=0"),
         "dream": Ablation("real only", "buffer.synthetic_ratio=0 reasoning_model.refresh_every=0", "real"),
         "offline-data": Ablation("synthetic only", "environment.offline_data=null"),

@@ -239,7 +239,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     table = ab.table_of_ablations(found)
     assert table[1]["Δ mean"] == pytest.approx(-7.5) and table[1]["paper Δ, WebShop"] == pytest.approx(-4.7)
     assert "Δ mean" not in table[0] and "paper Δ, WebShop" not in table[2]
-    assert "pooled_minus_full" not in found["replay"]  # one seed in common
+    assert found["replay"]["pooled_minus_full"]["seeds"] == 3  # an arm of one seed leaves the others theirs
+    assert "pooled_minus_full" not in found["history"]
     assert ab.summarise_ablations([], chosen, stamps) == {}
 
 

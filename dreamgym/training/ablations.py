@@ -224,10 +224,10 @@ def plan_ablations(
 def pooled_with(
     by_seed: Mapping[str, Mapping[int, Row]],  # name -> seed -> row, the full method's too
 ) -> dict[str, Row]:  # by name: 'mean', 'low', 'high', 'seeds', 'arms'
-    """Differences to the full method on the seeds that all have, with the error of all; none for fewer than two."""
+    """Differences to the full method on the seeds that all have, with the error of all; arms of one seed aside."""
     arms: dict[str, Mapping[int, Row]] = {}
     for name, rows in by_seed.items():
-        if rows and rows not in arms.values():  # a sweep's point may be another arm once more
+        if len(rows) > 1 and rows not in arms.values():  # a sweep's point may be another arm once more
             arms[name] = rows
     seeds = sorted(set.intersection(*(set(rows) for rows in arms.values()))) if FULL in arms else []
     if len(arms) < 2 or len(seeds) < 2:

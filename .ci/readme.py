@@ -14,7 +14,6 @@ from nbconvert import MarkdownExporter
 
 from dreamgym.training.benchmark import METHODS, read_benchmark, summarise, table_of
 
-SETTING = "preset=cpu policy_model.bc_epochs=5 policy_model.pretrain_steps=null training.s2r_budget=4400"
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 BLOCK = re.compile(r"<!-- (map|results) -->\n.*?<!-- /\1 -->", re.S)
@@ -60,7 +59,7 @@ def spans(seeds: set) -> str:
 def results_table() -> str:
     """The default benchmark at temperature 1: a row for each method on the seeds that all have, differences over all."""
     found = read_benchmark(ROOT / "data" / "results" / "benchmark_alfworld.json")["rows"]
-    rows = [row for row in found if row["setting"] == SETTING]
+    rows = [row for row in found if row["setting"] == "preset=cpu"]
     by_method = [{row["seed"] for row in rows if row["method"] == name} for name in METHODS]
     seeds = set.intersection(*filter(None, by_method))
     summary = summarise(shared := [row for row in rows if row["seed"] in seeds])

@@ -244,6 +244,37 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert ab.summarise_ablations([], chosen, stamps) == {}
 
 
+def test_clones_of_its_own_are_told_from_what_the_dream_gave():
+    chosen = ab.parse_ablations("replay,abstract-state")
+    stamps = {name: {seed: f"{name}{seed}" for seed in range(3)} for name in chosen}
+    won = {  # of 40 games: clone, dream
+        "full": [(12, 16), (14, 20), (10, 16)],
+        "replay": [(12, 15), (14, 18), (10, 15)],
+        "abstract-state": [(16, 17), (15, 18), (17, 17)],
+    }
+
+    def row(name, seed, method, wins):
+        scores = {"success": wins / 40, "low": 0, "high": 1, "n": 40, "by_type": {}, "real_transitions": 9}
+        where = {"method": method, "temperature": 1.0, "config_hash": f"{name}{seed}", "seed": seed}
+        return scores | where | {"dream_success": None, "hazard": None}
+
+    rows = [
+        row(name, seed, method, wins)
+        for name, pairs in won.items()
+        for seed, pair in enumerate(pairs)
+        for method, wins in zip(("bc", "dream"), pair, strict=True)
+    ]
+    found = ab.summarise_ablations(rows, chosen, stamps)
+    assert found["full"]["start"] == pytest.approx(12 / 40) and found["full"]["gain"]["mean"] == pytest.approx(16 / 120)
+    gains = found["abstract-state"]["gain_minus_full"]  # gains of 1, 3, 0 games against 4, 6, 6
+    assert gains["mean"] == pytest.approx(-4 / 40) and gains["seeds"] == 3
+    assert gains["high"] - gains["mean"] == pytest.approx(4.302653 * 3**0.5 / 40 / 3**0.5)
+    assert "gain_minus_full" not in found["replay"]
+    assert "pooled_minus_full" in found["replay"] and "pooled_minus_full" not in found["abstract-state"]
+    raw = ab.table_of_ablations(found)[2]
+    assert raw["start"] == pytest.approx(16 / 40) and raw["Δ gain mean"] == pytest.approx(-10)
+
+
 def test_the_pooled_error_counts_each_arm_once():
     won = {"full": (20, 24, 30), "replay": (16, 22, 27), "history": (21, 27, 30), "buffer.top_k=0": (16, 22, 27)}
     by_seed = {name: {s: {"success": w / 40, "of": (w, s)} for s, w in enumerate(all_)} for name, all_ in won.items()}

@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'DREAM', 'Ablation', 'swept_key', 'swept',
            'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
-           'pooled_with', 'compare_dreams', 'summarise_ablations', 'with_earlier', 'run_ablations',
-           'table_of_ablations', 'points_of', 'plot_ablations', 'plot_dreams', 'table_of_dreams', 'sweeps_of',
-           'hazard_text', 'plot_sweep']
+           'rows_by_seed', 'gain_of', 'compare_gains', 'pooled_with', 'compare_dreams', 'summarise_ablations',
+           'with_earlier', 'run_ablations', 'table_of_ablations', 'points_of', 'plot_ablations', 'plot_dreams',
+           'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -220,14 +220,58 @@ def plan_ablations(
             jobs.setdefault((stamps[name][run.seed], ablation.method), job)
     return list(jobs.values())
 
+# %% ../../nbs/training/41_ablations.ipynb #79452d58
+def rows_by_seed(
+    rows: Sequence[Row],
+    stamps: Mapping[int, str],  # seed -> hash of the configuration
+    method: str,
+    temperature: float,
+) -> dict[int, Row]:  # with 'start', the success of the clone that the run began with, where it was measured
+    """The rows of one ablation."""
+
+    def of(method: str) -> dict[int, Row]:
+        key = {(stamp, method, temperature) for stamp in stamps.values()}
+        return {row["seed"]: row for row in rows if (row["config_hash"], row["method"], row["temperature"]) in key}
+
+    starts = {seed: {"start": row["success"]} for seed, row in of("bc").items()}
+    return {seed: row | starts.get(seed, {}) for seed, row in of(method).items()}
+
+
+def gain_of(
+    mine: Sequence[Row],  # one a seed
+) -> Row:  # 'start', and 'gain': mean, low, high, seeds; empty: no start is known
+    """What was won over the clones."""
+    known = [row for row in mine if "start" in row]
+    if not known:
+        return {}
+    starts = [row["start"] for row in known]
+    return {"start": bm.mean_of_known(starts), "gain": bm.difference([row["success"] for row in known], starts)}
+
+# %% ../../nbs/training/41_ablations.ipynb #6bfefe44
+def compare_gains(
+    mine: Mapping[int, Row],  # seed -> row
+    base: Mapping[int, Row],  # the full method's
+) -> Row | None:  # mean, low, high, seeds; None: the clones are the full method's, or unknown
+    """What an ablation wins over clones of its own, minus what the full method wins over its."""
+    shared = [(row, base[seed]) for seed, row in mine.items() if seed in base]
+    pairs = [pair for pair in shared if all("start" in row for row in pair)]
+    if all(one["start"] == other["start"] for one, other in pairs):
+        return None
+    gains = [[row["success"] - row["start"] for row in pair] for pair in pairs]
+    return bm.difference(*zip(*gains, strict=True))
+
 # %% ../../nbs/training/41_ablations.ipynb #3afe0628
 def pooled_with(
     by_seed: Mapping[str, Mapping[int, Row]],  # name -> seed -> row, the full method's too
 ) -> dict[str, Row]:  # by name: 'mean', 'low', 'high', 'seeds', 'arms'
-    """Differences to the full method on the seeds that all have, with the error of all; arms of one seed aside."""
+    """
+    Differences to the full method on the seeds that all have, with the error of all; arms of one seed and those from
+    clones of their own aside.
+    """
     arms: dict[str, Mapping[int, Row]] = {}
     for name, rows in by_seed.items():
-        if len(rows) > 1 and rows not in arms.values():  # a sweep's point may be another arm once more
+        again = rows in arms.values()  # a sweep's point may be another arm once more
+        if len(rows) > 1 and not again and not compare_gains(rows, by_seed.get(FULL, {})):
             arms[name] = rows
     seeds = sorted(set.intersection(*(set(rows) for rows in arms.values()))) if FULL in arms else []
     if len(arms) < 2 or len(seeds) < 2:
@@ -271,15 +315,15 @@ def summarise_ablations(
     found: dict[str, Row] = {}
     by_seed: dict[str, dict[int, Row]] = {}
     for name, ablation in chosen.items():
-        key = {(stamp, ablation.method, temperature) for stamp in stamps[name].values()}
-        mine = [row for row in rows if (row["config_hash"], row["method"], row["temperature"]) in key]
-        by_seed[name] = {row["seed"]: row for row in mine}
-        if mine:
-            found[name] = {"label": ablation.label} | bm.line_of(mine) | {"curve": bm.mean_curve(mine)}
+        by_seed[name] = rows_by_seed(rows, stamps[name], ablation.method, temperature)
+        if mine := list(by_seed[name].values()):
+            found[name] = {"label": ablation.label} | bm.line_of(mine) | gain_of(mine) | {"curve": bm.mean_curve(mine)}
         if name != FULL and (pair := bm.on_shared_seeds(by_seed[name], by_seed[FULL])):
             found[name]["minus_full"] = bm.compare(*pair)
             found[name]["full_curve"] = bm.mean_curve(pair[1])
             found[name]["dream_minus_full"] = compare_dreams(*pair)
+        if name != FULL and (gains := compare_gains(by_seed[name], by_seed[FULL])):
+            found[name]["gain_minus_full"] = gains
     for name, pooled in pooled_with(by_seed).items():
         found[name]["pooled_minus_full"] = pooled
     return found
@@ -331,15 +375,16 @@ def table_of_ablations(
     summary: Mapping[str, Row],  # of summarise_ablations
 ) -> list[Row]:  # one an ablation
     """Success, and what is lost against the full method, in points, beside what the paper's lose."""
+    columns = ("seeds", "start", "success", "low", "high", "n", "real_transitions", "dream_success", "hazard")
+    differences = {"Δ": "minus_full", "pooled Δ": "pooled_minus_full", "Δ gain": "gain_minus_full"}
     table = []
     for name, found in summary.items():
-        keys = ("seeds", "success", "low", "high", "n", "real_transitions", "dream_success", "hazard")
-        lost = found.get("minus_full", {})
-        ours = {f"Δ {key}": 100 * lost[key] for key in ("mean", "low", "high") if lost.get(key) is not None}
-        wide = found.get("pooled_minus_full", {})
-        ours |= {f"pooled Δ {key}": 100 * wide[key] for key in ("mean", "low", "high") if wide}
+        line = {"ablation": found["label"]} | {key: found[key] for key in columns if key in found}
+        for title, kind in differences.items():
+            ours = found.get(kind, {})
+            line |= {f"{title} {key}": 100 * ours[key] for key in ("mean", "low", "high") if ours.get(key) is not None}
         paper = {f"paper Δ, {p}": n[name] - n[FULL] for p, n in PAPER.items() if name in n and name != FULL}
-        table.append({"ablation": found["label"]} | {key: found[key] for key in keys} | ours | paper)
+        table.append(line | paper)
     return table
 
 # %% ../../nbs/training/41_ablations.ipynb #9fd1daa5

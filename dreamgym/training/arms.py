@@ -243,6 +243,7 @@ def begin(
     validate(loop, row)
     if is_main(loop.accelerator):
         loop.run.truncate(0)
+        (loop.run.path / "episodes.jsonl").unlink(missing_ok=True)  # of a life that ended before its first checkpoint
         log_row(loop, row)
 
 

@@ -74,6 +74,23 @@ def test_a_stop_between_updates_is_saved(tmp_path, monkeypatch):
     assert [row["iteration"] for row in metrics(tmp_path / "dream")] == [0, 1, 2]
 
 
+def test_a_death_before_the_first_checkpoint_leaves_no_episodes(whole, tmp_path, monkeypatch):  # noqa: F811
+    """The first iteration is on file when nothing of it can be kept; it is written again, not twice."""
+
+    def dead(loop):
+        raise KeyboardInterrupt
+
+    t = trainer(tmp_path)
+    ready = t.prepare()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(arms, "save_arm", dead)
+        t.fit(ready, "dream")
+    assert (tmp_path / "dream" / "episodes.jsonl").is_file()
+    t.fit(ready, "dream")
+    assert same(tmp_path, whole)
+    assert (tmp_path / "dream" / "episodes.jsonl").read_bytes() == (whole / "dream" / "episodes.jsonl").read_bytes()
+
+
 def test_sigterm_becomes_an_interrupt():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated), sigterm_interrupts():

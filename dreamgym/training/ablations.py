@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'DREAM', 'Ablation', 'swept_key', 'swept',
            'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
            'rows_by_seed', 'gain_of', 'compare_gains', 'pooled_with', 'compare_dreams', 'summarise_ablations',
-           'with_earlier', 'run_ablations', 'table_of_ablations', 'points_of', 'plot_ablations', 'plot_dreams',
-           'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
+           'with_earlier', 'summarise_again', 'run_ablations', 'table_of_ablations', 'points_of', 'plot_ablations',
+           'plot_dreams', 'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -343,6 +343,18 @@ def with_earlier(
             found |= one
     return found | dict(chosen)
 
+
+def summarise_again(
+    content: Row,  # of a file of results
+    full: Setting,
+    chosen: Mapping[str, Ablation],  # with the full method; what the file has beside them counts too
+    temperature: float = 1.0,  # 0: greedy
+) -> dict[str, Row]:  # as of summarise_ablations
+    """What a file says of a full method, over all its seeds."""
+    known = with_earlier(chosen, content.get("summary", {}).get(full.name, {}), full)
+    stamps = stamps_of(settings_of(known, full), sorted({row["seed"] for row in content["rows"]}))
+    return summarise_ablations(content["rows"], known, stamps, temperature)
+
 # %% ../../nbs/training/41_ablations.ipynb #178b4cce
 def run_ablations(
     chosen: Mapping[str, Ablation],
@@ -359,11 +371,8 @@ def run_ablations(
     settings = settings_of(chosen, full)
     stamps = stamps_of(settings, seeds)
 
-    def summary(_: Sequence[Row]) -> Row:  # over all seeds and ablations of this full method; that of others is kept
-        there, rows = ledger.content.get("summary", {}), ledger.content["rows"]
-        known = with_earlier(chosen, there.get(full.name, {}), full)
-        stamps = stamps_of(settings_of(known, full), sorted({row["seed"] for row in rows}))
-        return there | {full.name: summarise_ablations(rows, known, stamps)}
+    def summary(_: Sequence[Row]) -> Row:  # that of other full methods is kept
+        return ledger.content.get("summary", {}) | {full.name: summarise_again(ledger.content, full, chosen)}
 
     ledger = Ledger(path, [stamp for by_seed in stamps.values() for stamp in by_seed.values()], summary)
     bm.work_off(plan_ablations(chosen, settings, stamps, ledger.rows), ledger, out_dir, workers, start, say)

@@ -26,7 +26,10 @@ TORCH_ROOMS = {
         f"training.{name}"
         for name in ("policy", "rollout", "play", "advantages", "ppo", "grpo", "baselines", "trl_baselines")
     ),
-    *(f"training.{name}" for name in ("preparation", "checkpoints", "scale", "arms", "trainer", "fine_tuning")),
+    *(
+        f"training.{name}"
+        for name in ("preparation", "checkpoints", "scale", "arm_loop", "arms", "trainer", "fine_tuning")
+    ),
     *(f"training.{name}" for name in ("train", "evaluate")),
 }
 PINS = ("nbdev==2.4.14", "execnb==0.1.18", "fastcore==1.14.5", "ghapi==1.1.1")

@@ -447,7 +447,7 @@ def state_tools(
 ) -> dict[str, Any]:  # fields of Environment
     """Mapper and rules of a kind of games; raw observations have no rules."""
     if not config.mapper:
-        return {"mapper": TranscriptMapper()}
+        return {"mapper": TranscriptMapper(failure="Nothing happens.")}
     from dreamgym.environments.household_rules import is_determined, reasoning_trace, violations
     from dreamgym.environments.household_state import HouseholdMapper
     from dreamgym.environments.household_text import VARIANTS

@@ -175,8 +175,9 @@ def check_env(
 class TranscriptMapper:
     """Raw observations as the state: task, first observation, and the last few actions with their answers."""
 
-    def __init__(self, window: int = 8):
+    def __init__(self, window: int = 8, failure: str = ""):
         self.window = window  # answers that are kept
+        self.failure = failure  # the environment's answer to every action without effect; '': it has several
 
     def start(self, task: Task, observation: str) -> str:
         """Task and first observation, a line each."""
@@ -187,13 +188,18 @@ class TranscriptMapper:
         return self.merge(state, f"{action} = {' '.join(observation.split())}")
 
     def diff(self, state: str, next_state: str) -> str:
-        """The last line."""
-        return next_state.rpartition("\n")[2]
+        """The last line; 'fail X' where it says that X had no effect."""
+        line = next_state.rpartition("\n")[2]
+        action, _, answer = line.rpartition(" = ")
+        return f"fail {action}" if self.failure and answer == self.failure else line
 
     def merge(self, state: str, delta: str) -> str:
-        """Appends a line."""
+        """Appends a line; 'fail X' as the environment says it."""
+        line = " ".join(delta.split())
+        if self.failure and line.startswith("fail "):
+            line = f"{line[5:]} = {self.failure}"
         task, first, *answers = state.split("\n")
-        return "\n".join([task, first, *[*answers, " ".join(delta.split())][-self.window :]])
+        return "\n".join([task, first, *[*answers, line][-self.window :]])
 
     def facts(self, state: str) -> frozenset[str]:
         """Every line is a fact."""

@@ -63,7 +63,8 @@ def dream_result(
     if failure_kind(e) == "unanswered":
         return StepResult(e.state, aborted=e.error)
     truncated = late and not e.terminated
-    success = e.reward == 1 if e.terminated or truncated else None
+    won = e.reward == 1 if e.success is None else e.success  # votes may have lowered the reward alone
+    success = won if e.terminated or truncated else None
     info = {"reasoning": e.reasoning, "action_error": action_error(e, mapper), "malformed": e.error}
     actions = mapper.admissible_actions(e.next_state)
     return StepResult(e.next_state, "", e.reward, e.terminated, truncated, success, None, actions, info)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from .webshop_state import ShopMapper, plain, read_state, request_words, searche
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',
-           'official_engines', 'generated_engine', 'build', 'rules_of_shops', 'generated_parts', 'official_parts']
+           'official_engines', 'generated_engine', 'build', 'rules_of_shops', 'generated_parts', 'official_parts',
+           'with_first_states']
 
 # %% ../../nbs/environments/13g_webshop.ipynb #441c6fb8
 TURNS = 15  # [paper]
@@ -196,6 +198,8 @@ def build(
     mapper: StateMapper = own if config.mapper else TranscriptMapper()
     engine_of, tell = parts.pop("engine_of"), parts.pop("titles_tell")
     parts |= rules_of_shops(tell) if config.mapper else {}
+    if config.mapper and "feasible" in parts:
+        parts["feasible"] = partial(with_first_states, parts["feasible"], mapper=own)
     return Environment(
         name="webshop" if found else "webshop-generated",
         mapper=mapper,
@@ -244,3 +248,12 @@ def official_parts(config: Any) -> dict[str, Any]:
         "titles_tell": False,
         "info": {"data": "official", "nouns": nouns} | counts,
     }
+
+
+def with_first_states(
+    check: Callable[[Sequence[Task]], list[Task | None]],  # of generated tasks
+    tasks: Sequence[Task],
+    mapper: StateMapper,
+) -> list[Task | None]:
+    """Checked tasks with their first states, which say an instruction in fewer words."""
+    return [task and replace(task, initial_state=mapper.start(task, "")) for task in check(tasks)]

@@ -144,10 +144,13 @@ def variation(
     task_id: str,
     reason: str = "",
 ) -> Task:
-    """The base task with another instruction; its type is unknown until a checker fills it in."""
+    """
+    The base task with another instruction. Its type is unknown until a checker fills it in, and so is its first state
+    where that does not name the instruction word for word.
+    """
     state, note = base.initial_state, {"seed_task": base.id, "reason": reason}
-    if state is not None:
-        state = state.replace(f": {base.instruction}", f": {instruction}")
+    named = f": {base.instruction}"
+    state = state.replace(named, f": {instruction}") if state is not None and named in state else None
     fields: dict[str, Any] = {"source": "generated", "task_type": "", "metadata": {**base.metadata, **note}}
     return replace(base, id=task_id, instruction=instruction, initial_state=state, **fields)
 

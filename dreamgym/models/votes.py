@@ -63,7 +63,8 @@ def pessimistic(
     if rule == "end" and election.agreement < threshold:
         return replace(e, reward=0.0, terminated=True)
     if rule == "lower":
-        return replace(e, reward=round(e.reward * election.reward_share, 2))
+        won = e.reward == 1 if e.terminated else None  # a doubted success is one still
+        return replace(e, reward=round(e.reward * election.reward_share, 2), success=won)
     return e
 
 # %% ../../nbs/models/20b_votes.ipynb #e50853e8

@@ -461,8 +461,9 @@ class Ledger:
         return [row for row in self.content["failures"] if row["config_hash"] in self.stamps]
 
     def note(self, rows: Sequence[Row], failure: Row | None = None) -> None:
-        """Takes the rows of a run, or its failure, in the place of earlier ones."""
-        with self._lock:
+        """Takes the rows of a run, or its failure, in the place of earlier ones; other processes may write there too."""
+        with self._lock, closing(lock_folder(self.path.parent, wait=True)):
+            self.content = read_benchmark(self.path)
             new = {(r["method"], r["temperature"], r["config_hash"]) for r in rows}
             rows = [r for r in self.content["rows"] if (r["method"], r["temperature"], r["config_hash"]) not in new] + [
                 *rows
@@ -473,7 +474,6 @@ class Ledger:
                 open_ = [f for f in open_ if (f["run"], f["config_hash"]) != (failure["run"], failure["config_hash"])]
             self.content |= {"rows": rows, "failures": open_ + ([failure] if failure else [])}
             self.content["summary"] = self.summary(self.rows)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.content)
 
 # %% ../../nbs/training/40_benchmark.ipynb #f8b42120

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'optimizer_tensors', 'restore_optimizer', 'rng_tensors', 'restore_rng', 'save_checkpoint', 'codec_facts',
            'manifest_name', 'remove_folder', 'read_manifest', 'load_policy', 'iteration_of', 'manifests',
-           'newest_checkpoint', 'prune_checkpoints']
+           'newest_checkpoint', 'best_of', 'prune_checkpoints']
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #2063322a
 def optimizer_tensors(
@@ -210,15 +210,25 @@ def newest_checkpoint(
     return None
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #8916bc1d
+def best_of(manifest: Path) -> int | None:
+    """The iteration that a manifest calls the best; None where it names none, or cannot be read."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["best"]["iteration"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def prune_checkpoints(
     folder: Path,
     keep_last: int,
-    best: int,  # iteration that stays
+    best: int,  # iteration that stays, as do those which a kept manifest calls best
     keep_every: int = 0,  # 0: none besides
 ) -> None:
     """Deletes checkpoints that nobody needs: the manifest first, then its folder."""
-    for manifest in manifests(folder)[:-keep_last]:
+    there = manifests(folder)
+    stay = {best, *map(best_of, there[-keep_last:])}
+    for manifest in there[:-keep_last]:
         number = iteration_of(manifest)
-        if number != best and not (keep_every and number % keep_every == 0):
+        if number not in stay and not (keep_every and number % keep_every == 0):
             manifest.unlink()
             remove_folder(folder / f"iter_{number:04d}")

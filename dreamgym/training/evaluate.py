@@ -54,8 +54,11 @@ def evaluate(
     from dreamgym.training.play import evaluate_policy
     from dreamgym.utils.tracking import write_json
 
-    policy, limits = load_policy(arguments.checkpoint), read_manifest(arguments.checkpoint).get("limits", {})
-    trained = [f"policy_model.{key}={value}" for key, value in limits.items()]
+    policy, facts = load_policy(arguments.checkpoint), read_manifest(arguments.checkpoint)
+    trained = [f"policy_model.{key}={value}" for key, value in facts.get("limits", {}).items()]
+    world = facts.get("world", {})
+    if world.get("name") == arguments.env:  # elsewhere its sizes mean nothing
+        trained += [f"environment.{key}={json.dumps(value)}" for key, value in world.items() if key != "name"]
     config = load_config(arguments.config, arguments.env, None, [*trained, *arguments.set])
     env = make_environment(config.environment.name, config.environment)
     split = arguments.split or config.environment.eval_split

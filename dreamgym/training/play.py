@@ -36,8 +36,9 @@ class Evaluation:
     def row(self) -> dict[str, Any]:
         """Success with its Wilson interval, n, success by task type."""
         estimate = wilson_interval(sum(self.outcomes), max(len(self.outcomes), 1))
-        kinds = sorted({t.task.task_type for t in self.trajectories})
-        by_type = {k: [bool(t.success) for t in self.trajectories if t.task.task_type == k] for k in kinds}
+        ended = [t for t in self.trajectories if t.aborted is None]
+        kinds = sorted({t.task.task_type for t in ended})
+        by_type = {k: [bool(t.success) for t in ended if t.task.task_type == k] for k in kinds}
         metrics = rollout_metrics(self.trajectories)
         return {
             "success": estimate.value,

@@ -188,6 +188,8 @@ def clone_policy(
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> CloningReport:
     """Behaviour cloning on `policy_model.bc_demonstrations` recorded episodes of the expert, with and without noise."""
+    if not config.policy_model.bc_demonstrations:
+        return CloningReport(0, [], 0)
     train, validation = cloning_examples(policy, experiences, config.policy_model)
     return clone(policy, train, validation, config.policy_model, config.training.seed, on_epoch)
 

@@ -33,7 +33,8 @@ from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
 from ..utils.tracking import RunDir, lock_folder, write_json, writing
 from . import arms, checkpoints
 from . import preparation as prep
-from .arms import OFFLINE, ArmLoop, Prepared, run_iteration, start_arm_loop
+from .arm_loop import OFFLINE, ArmLoop, Prepared, finished
+from .arms import run_iteration, start_arm_loop
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
 from .fine_tuning import fine_tune
 from .play import dreamable, evaluate_policy
@@ -90,11 +91,15 @@ def make_prepared(
     say(f"cloned from {report.rows:,} demonstrated actions; {len(own):,} transitions of its own rollouts")
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
     buffer.add_many(data + own)
+    if len(buffer) < len(data + own):
+        log.warning("the buffer took %d of %d transitions: see buffer.capacity", len(buffer), len(data + own))
     save_checkpoint(home, 0, policy, None, {"stage": "cloned"})
     demonstrated = len(prep.rows_of_clone(data, config.policy_model))
     counts = {"offline": len(data), "cloned": len(own), "demonstrations": demonstrated}
+    begun = prep.with_initial_states(tasks, data)
+    write_json(home / "first_states.json", {task.id: task.initial_state for task in begun})
     write_json(home / "counts.json", counts)
-    return Prepared(env, prep.with_initial_states(tasks, data), buffer, policy, None, counts)
+    return Prepared(env, begun, buffer, policy, None, counts)
 
 # %% ../../nbs/training/37_trainer.ipynb #a0e97bb6
 def with_reasoning(
@@ -145,7 +150,7 @@ def within_worlds(
     shown = prep.rows_of_clone(rows, config.policy_model)
     counts = ready.counts | {"offline": played_turns(kept) - played_turns(own), "cloned": played_turns(own)}
     counts["elsewhere"] = played_turns([e for e in shown if e.task_id not in known])
-    return replace(ready, tasks=tasks, buffer=buffer, counts=counts)
+    return replace(ready, tasks=tasks, buffer=buffer, counts=counts, unknown=ready.tasks[worlds:])
 
 
 def played_turns(
@@ -431,7 +436,7 @@ def train_arm(
     loop: ArmLoop | None = None
     try:
         loop = start_arm_loop(config, ready, arm, *place, trackers)
-        while not arms.finished(loop):
+        while not finished(loop):
             row = run_iteration(loop)
             keep_spent(trainer, arm)
             trainer.say(describe(arm, row))

@@ -22,7 +22,7 @@ from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.offline import Behaviour, record
 from dreamgym.models.experience_sft import training_queries
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
-from dreamgym.training.arms import Prepared
+from dreamgym.training.arm_loop import Prepared
 from dreamgym.training.fidelity import on_policy
 from dreamgym.training.rollout import RolloutConfig, rollout
 from dreamgym.training.teacher_forced import CopyNearest, teacher_forced

@@ -19,7 +19,7 @@ from dreamgym.core.config import load_config
 from dreamgym.core.generators import TransformersGenerator
 from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.offline import experiences_of
-from dreamgym.training.arms import Prepared
+from dreamgym.training.arm_loop import Prepared
 from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint
 from dreamgym.training.fidelity import on_policy, wm2real
 from dreamgym.training.fine_tuning import own_copy, refresh

@@ -6,16 +6,17 @@ from dataclasses import replace
 import pytest
 
 from dreamgym.core.config import EnvironmentConfig, ReasoningModelConfig
-from dreamgym.core.data_structures import Task
+from dreamgym.core.data_structures import Experience, Task
 from dreamgym.core.errors import ConfigError
 from dreamgym.core.llm import Reply
-from dreamgym.environments.base_env import check_env, make_environment
-from dreamgym.environments.dream_env import DreamEnv
+from dreamgym.environments.base_env import TranscriptMapper, check_env, make_environment
+from dreamgym.environments.dream_env import DreamEnv, action_error, dream_result
 from dreamgym.environments.household_rules import expected_state, judge
 from dreamgym.environments.household_state import HouseholdMapper
 from dreamgym.environments.household_text import parse_state
 from dreamgym.environments.offline import EXPERT, Behaviour, record
 from dreamgym.models.reasoning_model import ReasoningExperienceModel, render_target
+from dreamgym.models.votes import Election, pessimistic
 
 FIRST = "task: put a mug in shelf.\nat: nowhere\nhold: nothing\nunseen: desk 1, shelf 1\nlast: ok"
 TASKS = [Task(str(i), "put a mug in shelf.", initial_state=FIRST) for i in range(4)]
@@ -164,3 +165,28 @@ def test_a_slot_without_a_dream_is_an_error():
     env.close()
     with pytest.raises(ValueError, match="slot 2 has no dream"):
         env.step([2], ["look"])
+
+
+def test_a_failed_action_is_one_in_raw_observations_too():
+    """The penalty of RL hangs on it: a dream without an abstract state must charge what reality charges."""
+    env = make_environment("alfworld", EnvironmentConfig(data_dir="generated", mapper=False))
+    real, task = env.make(1), env.tasks("train")[0]
+    first = real.reset([0], [task])[0].state
+    after = real.step([0], ["take nothing 1 from nowhere 1"])[0]
+    action = "take nothing 1 from nowhere 1"
+    assert after.state.endswith(f"{action} = Nothing happens.") and after.info["action_error"]
+    change = env.mapper.diff(first, after.state)
+    assert change == f"fail {action}" and env.mapper.merge(first, change) == after.state
+    dream = Experience(first, action, 0.0, after.state, False)
+    assert action_error(dream, env.mapper) == "the action had no effect"
+    moved = env.mapper.update(first, "look", "You are in the middle of a room.")
+    assert action_error(replace(dream, action="look", next_state=moved), env.mapper) is None
+
+
+def test_a_doubted_success_is_one_still():
+    """Pessimism lowers what a dream pays, not how often it is won."""
+    mapper, won = TranscriptMapper(), Experience("task: t\nroom", "go", 1.0, "task: t\nroom\ngo = done", True)
+    doubted = pessimistic(Election(won, 2 / 3, 2 / 3), "lower", 0.0)
+    found = dream_result(doubted, False, mapper)
+    assert (found.reward, found.success) == (0.67, True)
+    assert dream_result(replace(won, reward=0.0), False, mapper).success is False

@@ -13,7 +13,9 @@ from dreamgym.environments.base_env import check_env, make_environment
 from dreamgym.environments.offline import EXPERT, RANDOM, record
 from dreamgym.environments.webshop_catalogue import goal_of, make_catalogue, shop_goals, shop_tasks
 from dreamgym.environments.webshop_state import apply_change, read_state
+from dreamgym.models.curriculum_generator import variation
 from dreamgym.models.reasoning_model import parse_target, render_target
+from dreamgym.training.play import dreamable
 from dreamgym.training.preparation import environment_texts, record_offline
 
 
@@ -136,6 +138,15 @@ def test_variations_can_be_played(small):
     assert all(episode[-1].success for episode in record(small, checked[:3]))
     with pytest.raises(DataError, match="no goal of shop"):
         goal_of(made[3])
+
+
+def test_a_generated_task_dreams_of_its_own_request(small):
+    """The state says an instruction in fewer words, so that no replacement of words could find it."""
+    (task,) = dreamable(small, small.tasks("train")[3:4])
+    made = [variation(task, text, f"new {i}") for i, text in enumerate(small.vary(task, 3, 1))]
+    checked = small.feasible(made)
+    assert [t.initial_state for t in checked] == [t.initial_state for t in dreamable(small, checked)]
+    assert len({t.initial_state for t in [task, *checked]}) == 4
 
 
 def test_wrong_names():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ from dreamgym.models.experience_sft import encode_examples, example_loss
 from dreamgym.models.reasoning_model import ExperiencePrompts, Query
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer, read_rows
 from dreamgym.training import arms
-from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint
+from dreamgym.training.arm_loop import finished
+from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint, prune_checkpoints
 from dreamgym.training.preparation import demonstration_rows
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, claim_folder, run_iteration, start_arm_loop
@@ -408,3 +410,95 @@ def test_a_named_experience_model_is_fine_tuned_and_read_back(whole, tmp_path):
         first = model.predict(queries)
         torch.manual_seed(0)
         assert again.predict(queries) == first
+
+
+def loop_in(folder, prepared, arm="dream", **more):
+    """A loop that is about to begin, on data that there are."""
+    shutil.copytree(prepared, folder / "prepared", dirs_exist_ok=True)
+    t = trainer(folder, **more)
+    return start_arm_loop(t.config, t.prepare(), arm, "cpu", RunDir(folder / arm))
+
+
+def test_the_gap_is_that_of_the_policy_that_dreamt(whole, tmp_path, monkeypatch):
+    loop = loop_in(tmp_path, whole / "prepared", training__eval_every=1)
+    before, played = {k: v.clone() for k, v in loop.policy.state_dict().items()}, []
+    evaluate = arms.evaluate_policy
+
+    def watched(policy, env, tasks, *rest, **more):
+        same = all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+        played.append((tasks[0].id in {task.id for task in loop.ready.tasks}, same))
+        return evaluate(policy, env, tasks, *rest, **more)
+
+    monkeypatch.setattr(arms, "evaluate_policy", watched)
+    row = run_iteration(loop)
+    assert played == [(True, True), (False, False)]  # training games before the update, validation games after it
+    assert {"dream/gap", "eval/success"} <= {*row} and row["time/update"] < row["time/iteration"]
+
+
+def test_games_that_were_given_up_leave_the_gap(whole, tmp_path, monkeypatch):
+    loop = loop_in(tmp_path, whole / "prepared")
+    dreams = arms.collect(loop, "dream", loop.ready.tasks[:4])
+    games = [replace(t, success=i == 3, aborted="browser lost" if i < 2 else None) for i, t in enumerate(dreams)]
+    monkeypatch.setattr(arms, "recorded_dreams", lambda loop, found: dreams)
+    monkeypatch.setattr(arms, "evaluate_policy", lambda *_, **__: SimpleNamespace(trajectories=games))
+    arms.measure_dream(loop, row := {}, dreams)
+    assert row["dream/gap_n"] == 2 and row["dream/real_success"] == 0.5
+
+
+def test_real_only_never_dreams_when_money_runs_short(whole, tmp_path):
+    loop = loop_in(tmp_path, whole / "prepared", buffer__synthetic_ratio=0.0, training__real_budget=100)
+    assert [len(part) for part in arms.sample_tasks(loop)] == [0, 100 // 30]
+    loop.real_transitions = 80
+    assert [len(part) for part in arms.sample_tasks(loop)] == [0, 0] and finished(loop)
+
+
+def test_the_real_control_plays_worlds_that_the_dream_does_not_know(whole, tmp_path):
+    more = {"reasoning_model__train_worlds": 2}
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    shutil.rmtree(tmp_path / "prepared" / "experience_model")
+    t = trainer(tmp_path, **more)
+    ready = t.prepare()
+    dream, real = (start_arm_loop(t.config, ready, arm, "cpu", RunDir(tmp_path / arm)) for arm in ("dream", "real"))
+    assert len(dream.ready.tasks) == 2 and [task.id for task in real.ready.tasks] == [
+        task.id for task in t.prepare(dream=False).tasks
+    ]
+
+
+def test_without_validation_games_the_last_iteration_counts(whole, tmp_path):
+    shutil.copytree(whole / "prepared", tmp_path / "prepared")
+    t = trainer(tmp_path, training__validation_episodes=0, rl__invalid_action_penalty=0.1)
+    policy = t.fit(t.prepare(), "dream")
+    last = load_policy(tmp_path / "dream" / "checkpoints" / manifest_name(2)).state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in policy.state_dict().items())
+    assert not any(key.startswith("eval/") for row in metrics(tmp_path / "dream") for key in row)
+
+
+def test_a_group_of_one_is_left_out(whole, tmp_path):
+    loop = loop_in(tmp_path, whole / "prepared", rl__algorithm="grpo", rl__group_size=3)
+    dreams, _ = arms.play_iteration(loop)
+    lost = [replace(t, aborted="server lost") if i in (1, 2) else t for i, t in enumerate(dreams)]
+    assert arms.update_policy(loop, lost, 0)["policy/updates"] > 0  # of the second group
+    lost = [replace(t, aborted="server lost") if i % 3 else t for i, t in enumerate(dreams)]
+    assert arms.update_policy(loop, lost, 0) == {"policy/updates": 0}
+
+
+def test_what_an_older_checkpoint_calls_the_best_stays(tmp_path):
+    """A damaged newest checkpoint is passed over; the one before it must still find its best."""
+    for number, best in ((5, 5), (9, 5), (10, 10)):
+        (tmp_path / f"iter_{number:04d}").mkdir()
+        (tmp_path / manifest_name(number)).write_text(json.dumps({"best": {"iteration": best}}))
+    prune_checkpoints(tmp_path, 2, 10)
+    assert {path.name for path in tmp_path.glob("*.json")} == {manifest_name(n) for n in (5, 9, 10)}
+    (tmp_path / manifest_name(9)).write_text("{")
+    prune_checkpoints(tmp_path, 2, 10)
+    assert not (tmp_path / "iter_0005").exists() and (tmp_path / "iter_0009").exists()
+
+
+def test_no_demonstrations_is_no_cloning(tmp_path):
+    t = trainer(tmp_path, policy_model__bc_demonstrations=0)
+    assert t.prepare(dream=False).clone_transitions == 0
+
+
+def test_a_buffer_that_is_too_small_says_so(tmp_path, caplog):
+    trainer(tmp_path, buffer__capacity=50).prepare(dream=False)
+    assert "the buffer took 50 of" in caplog.text

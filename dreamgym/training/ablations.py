@@ -413,7 +413,6 @@ def what_counts(
     """An ablation's difference to the full method: in success, or in the gain where it has clones of its own."""
     return part.get("gain_minus_full") or part["minus_full"]
 
-
 # %% ../../nbs/training/41_ablations.ipynb #c953c170
 def plot_ablations(
     summary: Mapping[str, Row],  # of summarise_ablations
@@ -481,7 +480,8 @@ def plot_dreams(
     panels[0].set_yticks(range(len(parts)), labels, fontsize=8)
     panels[0].invert_yaxis()
     figure.suptitle(
-        f"{textwrap.fill(title, 90)}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds", fontsize=9
+        f"{textwrap.fill(title, 90)}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds",
+        fontsize=9,
     )
     return figure
 
@@ -543,6 +543,7 @@ def plot_sweep(
     axes.axhline(0, color="black", linewidth=0.8)
     lines = [f"{value}\n{hazard_text(row)}\n{row['real_transitions']:,.0f}" for value, row in rows.items()]
     axes.set_xticks(range(len(rows)), lines, fontsize=8)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
     heads = f"{key.partition('.')[2]}\nhazard (− full)\nreal transitions"
     side, at = {"textcoords": "offset points", "ha": "right", "va": "top"}, (axes.get_xlim()[0], 0)
     axes.annotate(heads, at, (-4, -3.5 - 3.5), xycoords=axes.get_xaxis_transform(), fontsize=8, **side)

@@ -117,7 +117,6 @@ def draw_curve(
     low, high = [max(within[0], v.low) for v in values], [min(within[1], v.high) for v in values]
     axes.fill_between(iterations, low, high, color=colour, alpha=0.18, linewidth=0)
 
-
 # %% ../../nbs/utils/07_plots.ipynb #6cbb2ea6
 def plot_learning_curves(
     run: Run,
@@ -175,14 +174,15 @@ def plot_panels(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3, linewidth=0.5)
+    for axes in list(grid.flat)[max(0, len(panels) - 2) : len(panels)]:  # the last of each column
+        axes.set_xlabel("iteration (rollouts + updates)")
+        axes.tick_params(labelbottom=True)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     lines = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.supxlabel("iteration (rollouts + updates)", fontsize=10)
     figure.suptitle(textwrap.fill(title, 90), fontsize=10)
     return figure
-
 
 # %% ../../nbs/utils/07_plots.ipynb #cc249302
 def plot_success_by_method(

@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb: `python .ci/readme.py` writes it, `--check` only compares. quarto is not needed.
 
-Between the comments `map` in nbs/index.ipynb stands the map of notebooks, made from their own title cells, and between the
-comments `results` what the last benchmark found, made from data/results.
+Between the comments `map` in nbs/index.ipynb stands the map of notebooks, made from their own title cells; between `results`
+what the default benchmark found, and between `settings` the same of other starts and games, both made from data/results.
 """
 
 import json
@@ -13,10 +13,12 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 from dreamgym.training.benchmark import METHODS, read_benchmark, summarise, table_of
+from dreamgym.training.claims import in_points, plot_settings, table_of_settings
+from dreamgym.utils.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-BLOCK = re.compile(r"<!-- (map|results) -->\n.*?<!-- /\1 -->", re.S)
+BLOCK = re.compile(r"<!-- (map|results|settings) -->\n.*?<!-- /\1 -->", re.S)
 
 
 def reading_order(path: Path) -> tuple:
@@ -56,10 +58,14 @@ def spans(seeds: set) -> str:
     return " and ".join(f"{a} to {b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))
 
 
+def benchmark_rows() -> list[dict]:
+    """All that was found."""
+    return read_benchmark(ROOT / "data" / "results" / "benchmark_alfworld.json")["rows"]
+
+
 def results_table() -> str:
     """The default benchmark at temperature 1: a row for each method on the seeds that all have, differences over all."""
-    found = read_benchmark(ROOT / "data" / "results" / "benchmark_alfworld.json")["rows"]
-    rows = [row for row in found if row["setting"] == "preset=cpu"]
+    rows = [row for row in benchmark_rows() if row["setting"] == "preset=cpu"]
     by_method = [{row["seed"] for row in rows if row["method"] == name} for name in METHODS]
     seeds = set.intersection(*filter(None, by_method))
     summary = summarise(shared := [row for row in rows if row["seed"] in seeds])
@@ -84,6 +90,24 @@ def results_table() -> str:
     )
 
 
+def settings_table() -> str:
+    """What was won from each start in each kind of game, at temperature 1."""
+    differences = ("dream − cloning", "real − cloning", "dream − real")
+    lines = [
+        "| games | start | cloning | dream PPO − cloning | real PPO − cloning | dream − real |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in table_of_settings(benchmark_rows()).values():
+        found = [
+            line["games"],
+            line["changes"] or "preset",
+            f"{line['start']:.3f}",
+            *(in_points(line[key]) for key in differences),
+        ]
+        lines.append(f"| {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
 def index_notebook() -> dict:
     """nbs/index.ipynb with fresh tables."""
     notebook = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))
@@ -94,23 +118,27 @@ def index_notebook() -> dict:
     return notebook
 
 
-TABLES = {"map": notebook_map, "results": results_table}
+TABLES = {"map": notebook_map, "results": results_table, "settings": settings_table}
 
 
 def readme_text(notebook: dict) -> str:
     """The notebook as Markdown, with links that start at the project's root."""
     text, _ = MarkdownExporter().from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))
     text = re.sub(r"\]\((?![a-z]+:|#|/|\.\./)", "](nbs/", text).replace("](../", "](")
-    text = re.sub(r"<!-- /?(map|results) -->\n", "", text)
+    text = re.sub(r"<!-- /?(map|results|settings) -->\n", "", text)
     return "<!-- Written by .ci/readme.py from nbs/index.ipynb -->\n\n" + text.strip() + "\n"
 
 
 def main() -> int:
-    """Writes nbs/index.ipynb and README.md; with --check, exit 1 if one of them would change."""
+    """Writes nbs/index.ipynb, README.md and its picture; with --check, exit 1 if one of the texts would change."""
     notebook = index_notebook()
+    readme, picture = ROOT / "README.md", NBS / "images" / "settings.png"
+    shown = picture.is_file() and readme.is_file() and settings_table() in readme.read_text(encoding="utf-8")
+    if not shown and "--check" not in sys.argv[1:]:  # the picture of other numbers
+        save_figure(plot_settings(table_of_settings(benchmark_rows())), picture)
     texts = {
         NBS / "index.ipynb": json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
-        ROOT / "README.md": readme_text(notebook),
+        readme: readme_text(notebook),
     }
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:

@@ -249,7 +249,7 @@ def official_parts(config: Any) -> dict[str, Any]:
         "info": {"data": "official", "nouns": nouns} | counts,
     }
 
-
+# %% ../../nbs/environments/13g_webshop.ipynb #b2359ff2
 def with_first_states(
     check: Callable[[Sequence[Task]], list[Task | None]],  # of generated tasks
     tasks: Sequence[Task],

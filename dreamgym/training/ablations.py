@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'DREAM', 'Ablation', 'swept_key', 'swept',
            'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
            'rows_by_seed', 'gain_of', 'compare_gains', 'pooled_with', 'compare_dreams', 'summarise_ablations',
-           'with_earlier', 'summarise_again', 'run_ablations', 'table_of_ablations', 'points_of', 'plot_ablations',
-           'plot_dreams', 'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
+           'with_earlier', 'summarise_again', 'run_ablations', 'table_of_ablations', 'points_of', 'what_counts',
+           'plot_ablations', 'plot_dreams', 'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -406,17 +406,25 @@ def points_of(
     found = {key: 100 * difference[key] for key in ("mean", "low", "high")}
     return found, [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
 
+# %% ../../nbs/training/41_ablations.ipynb #f99562a0
+def what_counts(
+    part: Row,  # of summarise_ablations
+) -> Row:  # 'mean', 'low', 'high', 'seeds'
+    """An ablation's difference to the full method: in success, or in the gain where it has clones of its own."""
+    return part.get("gain_minus_full") or part["minus_full"]
+
 # %% ../../nbs/training/41_ablations.ipynb #c953c170
 def plot_ablations(
     summary: Mapping[str, Row],  # of summarise_ablations
     title: str = "",
 ) -> Any:  # figure
-    """What each ablation changes, with intervals over seeds, and the paper's numbers as marks."""
+    """What each ablation changes, with intervals over seeds; the paper's numbers, from other environments, as marks."""
     names = [name for name in summary if "minus_full" in summary[name]]
+    shown = {name: what_counts(summary[name]) for name in names}
     figure, axes = new_axes("", "minus the full (points)", title)
     figure.set_figwidth(max(5.0, 1 + 0.85 * len(names)))
     for x, name in enumerate(names):
-        lost, error = points_of(summary[name]["minus_full"])
+        lost, error = points_of(shown[name])
         axes.bar(x, lost["mean"], width=0.6, color=COLOURS["dream"], yerr=error, capsize=4)
         axes.annotate(
             f"{round(lost['mean'], 1) or 0.0:+.1f}",
@@ -429,16 +437,17 @@ def plot_ablations(
     for marker, colour, (where, numbers) in zip("Do", OTHER_COLOURS, PAPER.items(), strict=False):
         found = [(x, numbers[name] - numbers[FULL]) for x, name in enumerate(names) if name in numbers]
         if found:
-            axes.scatter(*zip(*found, strict=True), color=colour, marker=marker, zorder=3, label=f"paper, {where}")
+            axes.scatter(*zip(*found, strict=True), color=colour, marker=marker, zorder=3, label=f"paper, on {where}")
             axes.legend(frameon=False, fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.use_sticky_edges = False  # room for numbers above 0
     axes.margins(y=0.2)
-    short = [summary[name]["label"].replace("without ", "w/o ").replace(" = ", "=") for name in names]
+    own = {name: " (gain)" * ("gain_minus_full" in summary[name]) for name in names}  # clones of its own
+    short = [summary[name]["label"].replace("without ", "w/o ").replace(" = ", "=") + own[name] for name in names]
     labels = [textwrap.fill(label, 13) for label in short]
     axes.set_xticks(range(len(names)), labels, fontsize=8)
     figure.set_figheight(2.7 + 0.14 * max(label.count("\n") + 1 for label in labels))
-    counts = sorted({(summary[name]["n"], summary[name]["minus_full"]["seeds"]) for name in names})
+    counts = sorted({(summary[name]["n"], shown[name]["seeds"]) for name in names})
     said = " or ".join(f"n={n} games, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in counts)
     axes.set_xlabel(f"{said}\n95 % intervals over seeds", fontsize=8)
     return figure
@@ -471,7 +480,8 @@ def plot_dreams(
     panels[0].set_yticks(range(len(parts)), labels, fontsize=8)
     panels[0].invert_yaxis()
     figure.suptitle(
-        f"{title}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds", fontsize=9
+        f"{textwrap.fill(title, 90)}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds",
+        fontsize=9,
     )
     return figure
 
@@ -521,7 +531,7 @@ def plot_sweep(
     rows: Mapping[str, Row],  # value: its row
     title: str = "",
 ) -> Any:  # figure
-    """Each value minus the full method's own, seed by seed; below each value the hazard and the real transitions."""
+    """Each value minus the full method's own, seed by seed; below each the hazard and the real transitions."""
     figure, axes = new_axes("", "minus the full (points)", title)
     figure.set_size_inches(max(5.0, 1 + 1.1 * len(rows)), 3.4)
     means = []
@@ -533,7 +543,11 @@ def plot_sweep(
     axes.axhline(0, color="black", linewidth=0.8)
     lines = [f"{value}\n{hazard_text(row)}\n{row['real_transitions']:,.0f}" for value, row in rows.items()]
     axes.set_xticks(range(len(rows)), lines, fontsize=8)
-    counts = sorted({row["n"] for row in rows.values()})
-    games = "/".join(f"{n:,}" for n in counts)
-    axes.set_xlabel(f"{key}\nhazard (minus the full's)\nreal transitions\nn={games} games", fontsize=8)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    heads = f"{key.partition('.')[2]}\nhazard (− full)\nreal transitions"
+    side, at = {"textcoords": "offset points", "ha": "right", "va": "top"}, (axes.get_xlim()[0], 0)
+    axes.annotate(heads, at, (-4, -3.5 - 3.5), xycoords=axes.get_xaxis_transform(), fontsize=8, **side)
+    others = [row["minus_full"] for row in rows.values() if "minus_full" in row]
+    seeds = sorted({found["seeds"] for found in others if found["low"] != found["high"]})  # the full's own is 0
+    axes.set_xlabel(f"95 % intervals over {' or '.join(map(str, seeds or [1]))} seeds", fontsize=8)
     return figure

@@ -440,7 +440,7 @@ def measure_dream(
     if found["gap"] > training.gap_limit:
         log.warning("dreams are %.2f more successful than reality (limit %.2f)", found["gap"], training.gap_limit)
 
-
+# %% ../../nbs/training/36b_arms.ipynb #d7f6e3c0
 def too_optimistic(loop: ArmLoop, row: dict[str, Any]) -> bool:
     """Whether the gap just measured is above `training.gap_stop`."""
     limit = loop.config.training.gap_stop

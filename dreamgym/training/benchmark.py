@@ -462,7 +462,7 @@ class Ledger:
 
     def note(self, rows: Sequence[Row], failure: Row | None = None) -> None:
         """Takes the rows of a run, or its failure, in the place of earlier ones; other processes may write there too."""
-        with self._lock, closing(lock_folder(self.path.parent, wait=True)):
+        with self._lock, closing(lock_folder(self.path.parent, True, f".{self.path.name}.lock")):
             self.content = read_benchmark(self.path)
             new = {(r["method"], r["temperature"], r["config_hash"]) for r in rows}
             rows = [r for r in self.content["rows"] if (r["method"], r["temperature"], r["config_hash"]) not in new] + [

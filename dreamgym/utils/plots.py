@@ -5,6 +5,7 @@
 # %% ../../nbs/utils/07_plots.ipynb #24d347da
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +16,8 @@ from .statistics import Estimate, normal_quantile, wilson_interval
 from .tracking import read_metrics, writing
 
 # %% auto #0
-__all__ = ['COLOURS', 'OTHER_COLOURS', 'Run', 'method_colour', 'new_axes', 'save_figure', 'series', 'draw_curve',
-           'plot_learning_curves', 'plot_curves', 'plot_success_by_method', 'plot_hazard']
+__all__ = ['COLOURS', 'OTHER_COLOURS', 'Run', 'Range', 'ANY', 'Curves', 'method_colour', 'new_axes', 'save_figure', 'series',
+           'draw_curve', 'plot_learning_curves', 'plot_curves', 'plot_panels', 'plot_success_by_method', 'plot_hazard']
 
 # %% ../../nbs/utils/07_plots.ipynb #8d3bc422
 COLOURS: Mapping[str, str] = MappingProxyType(
@@ -48,7 +49,7 @@ def method_colour(
 def new_axes(
     xlabel: str,
     ylabel: str,  # with unit
-    title: str = "",
+    title: str = "",  # a long one takes several lines
 ) -> tuple[Any, Any]:  # figure, axes
     """An empty 5×3 inch plot."""
     import matplotlib.pyplot as plt
@@ -58,7 +59,7 @@ def new_axes(
     plt.close(figure)  # shown once, where a cell returns it
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 50), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -97,18 +98,23 @@ def series(
     return [row["iteration"] for row in found], values
 
 # %% ../../nbs/utils/07_plots.ipynb #1fadef11
+Range = tuple[float, float]
+ANY: Range = (float("-inf"), float("inf"))
+
+
 def draw_curve(
     axes: Any,
     iterations: Sequence[int],
     values: Sequence[Estimate],
     label: str,  # its n is added
     colour: str,
+    within: Range = ANY,  # what the quantity can be; a band ends there
 ) -> None:
     """A line with its interval as a band."""
     counts = sorted({v.n for v in values if v.n})
     n = f", n={counts[0]}" if len(counts) == 1 else f", n={counts[0]}–{counts[-1]}" if counts else ""
     axes.plot(iterations, [v.value for v in values], marker="o", markersize=3, color=colour, label=label + n)
-    low, high = [v.low for v in values], [v.high for v in values]
+    low, high = [max(within[0], v.low) for v in values], [min(within[1], v.high) for v in values]
     axes.fill_between(iterations, low, high, color=colour, alpha=0.18, linewidth=0)
 
 # %% ../../nbs/utils/07_plots.ipynb #6cbb2ea6
@@ -142,6 +148,40 @@ def plot_curves(
         figure.set_figwidth(figure.get_figwidth() + 1.3)
     else:
         axes.legend(frameon=False, fontsize=8)
+    return figure
+
+# %% ../../nbs/utils/07_plots.ipynb #b3a717e2
+Curves = Mapping[str, tuple[Sequence[int], Sequence[Estimate]]]  # name: iterations, values
+
+
+def plot_panels(
+    panels: Mapping[str, tuple[Curves, Range]],  # label of the y axis: curves, what the quantity can be
+    title: str = "",
+) -> Any:  # figure
+    """Several quantities over iterations, two panels a row."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    tall = -(-len(panels) // 2)
+    figure, grid = plt.subplots(
+        tall, 2, figsize=(8, 0.9 + 2.4 * tall), dpi=100, layout="constrained", squeeze=False, sharex=True
+    )
+    plt.close(figure)
+    for axes, (ylabel, (curves, within)) in zip(grid.flat, panels.items(), strict=False):
+        for name, (iterations, values) in curves.items():
+            draw_curve(axes, iterations, values, name, method_colour(name), within)
+        axes.set_ylabel(ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3, linewidth=0.5)
+    for axes in list(grid.flat)[max(0, len(panels) - 2) : len(panels)]:  # the last of each column
+        axes.set_xlabel("iteration (rollouts + updates)")
+        axes.tick_params(labelbottom=True)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    lines = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
     return figure
 
 # %% ../../nbs/utils/07_plots.ipynb #cc249302

@@ -134,12 +134,13 @@ def write_json(
 def lock_folder(
     path: str | Path,  # made if absent
     wait: bool = False,  # until another process gives it back
+    name: str = ".lock",  # of the file in it; other names are other locks
 ) -> IO[str]:  # keep it: closing it gives the lock back
     """Lock a folder for this process. Raises ConfigError if it cannot be written, or (unless it waits) is locked."""
     path = Path(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a+", encoding="utf-8")
+        file = open(path / name, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -37,7 +37,7 @@ __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DRE
            'parse_seeds', 'digest_of', 'Setting', 'read_name', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods',
            'command_of', 'RunFailed', 'execute', 'learning_curve', 'rows_of', 'mean_of', 'mean_of_known', 'over_seeds',
            'over_types', 'on_shared_seeds', 'compare', 'difference', 'summarise', 'against_real', 'curves_of',
-           'mean_curve', 'commit_of', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
+           'mean_curve', 'commit_of', 'row_key', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -437,6 +437,11 @@ def commit_of(
     except OSError:
         return ""
 
+# %% ../../nbs/training/40_benchmark.ipynb #21c11b4e
+def row_key(row: Row) -> tuple[str, float, str]:
+    """What a file has one row of."""
+    return row["method"], row["temperature"], row["config_hash"]
+
 # %% ../../nbs/training/40_benchmark.ipynb #5d776d81
 class Ledger:
     """The file of a benchmark: rows and failures, written after every change."""
@@ -461,13 +466,11 @@ class Ledger:
         return [row for row in self.content["failures"] if row["config_hash"] in self.stamps]
 
     def note(self, rows: Sequence[Row], failure: Row | None = None) -> None:
-        """Takes the rows of a run, or its failure, in the place of earlier ones; other processes may write there too."""
+        """Takes the rows of a run, or its failure, in the place of earlier ones; others may write there meanwhile."""
         with self._lock, closing(lock_folder(self.path.parent, True, f".{self.path.name}.lock")):
             self.content = read_benchmark(self.path)
-            new = {(r["method"], r["temperature"], r["config_hash"]) for r in rows}
-            rows = [r for r in self.content["rows"] if (r["method"], r["temperature"], r["config_hash"]) not in new] + [
-                *rows
-            ]
+            new = {row_key(row) for row in rows}
+            rows = [row for row in self.content["rows"] if row_key(row) not in new] + [*rows]
             done = {(r["method"], r["config_hash"]) for r in rows}
             open_ = [f for f in self.content["failures"] if not {(m, f["config_hash"]) for m in f["methods"]} <= done]
             if failure:

@@ -14,7 +14,7 @@ from ..core.errors import ConfigError, EnvironmentFailure, unknown_name
 
 # %% auto #0
 __all__ = ['BUILDERS', 'StateMapper', 'BatchEnv', 'Environment', 'make_environment', 'CountingEnv', 'check_env',
-           'TranscriptMapper', 'gymnasium_result', 'GymnasiumBatchEnv']
+           'TranscriptMapper', 'had_effect', 'gymnasium_result', 'GymnasiumBatchEnv']
 
 # %% ../../nbs/environments/10_base_env.ipynb #225cfdb6
 @runtime_checkable
@@ -207,6 +207,14 @@ class TranscriptMapper:
 
     def admissible_actions(self, state: str) -> None:
         """Unknown."""
+
+# %% ../../nbs/environments/10_base_env.ipynb #bf570ce3
+def had_effect(
+    e: Experience,
+    mapper: StateMapper,
+) -> bool:
+    """Whether a step says that its action had an effect."""
+    return e.next_state != mapper.merge(e.state, f"fail {e.action}")
 
 # %% ../../nbs/environments/10_base_env.ipynb #8b54d460
 def gymnasium_result(

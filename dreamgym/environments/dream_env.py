@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import ConfigError
 from ..models.reasoning_model import Query, ReasoningExperienceModel, failure_kind
-
-if TYPE_CHECKING:
-    from dreamgym.environments.base_env import StateMapper
+from .base_env import StateMapper, had_effect
 
 # %% auto #0
 __all__ = ['action_error', 'dream_result', 'first_state', 'DreamEnv']
@@ -50,8 +47,7 @@ def action_error(
     """Why an action had no effect; None if it had one."""
     if not e.valid:
         return f"{failure_kind(e)} prediction: {e.error}"
-    failed = mapper.merge(e.state, f"fail {e.action}") == e.next_state
-    return "the action had no effect" if failed else None
+    return None if had_effect(e, mapper) else "the action had no effect"
 
 # %% ../../nbs/environments/24_dream_env.ipynb #794ad3aa
 def dream_result(

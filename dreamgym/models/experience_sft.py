@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..core.data_structures import Experience, Task
 from ..core.errors import DataError
 from ..core.language_model import LanguageModel, PromptEncoder, make_rows, trunk
-from ..environments.base_env import StateMapper
+from ..environments.base_env import StateMapper, had_effect
 from .reasoning_model import ExperiencePrompts, Query, render_target
 from .replay_buffer import read_rows
 
@@ -133,7 +133,7 @@ def transition_kinds(
     mapper: StateMapper,
 ) -> list[tuple[str, str, int]]:  # such as ('take', 'failed', 3); a word that never worked is no verb
     """Verb, outcome and number of reasons of each transition."""
-    failed = [mapper.merge(e.state, f"fail {e.action}") == e.next_state for e in experiences]
+    failed = [not had_effect(e, mapper) for e in experiences]
     outcomes = [
         "rewarded" if e.reward > 0 else "failed" if f else "worked" for e, f in zip(experiences, failed, strict=True)
     ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.data_structures import Experience
-from ..environments.base_env import StateMapper
+from ..environments.base_env import StateMapper, had_effect
 
 # %% auto #0
 __all__ = ['verdict', 'Election', 'elect', 'pessimistic', 'vote_shares']
@@ -22,7 +22,7 @@ def verdict(
     mapper: StateMapper,
 ) -> tuple[bool, float, bool]:  # works, reward, terminated
     """What a prediction decides; what it imagines does not matter."""
-    return e.next_state != mapper.merge(e.state, f"fail {e.action}"), e.reward, e.terminated
+    return had_effect(e, mapper), e.reward, e.terminated
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.config import ReasoningModelConfig
 from ..core.data_structures import Experience
-from ..environments.base_env import StateMapper
+from ..environments.base_env import StateMapper, had_effect
 from ..models.reasoning_model import Query, failure_kind, unusable
 from ..models.votes import vote_shares
 from ..utils.statistics import Estimate, wilson_interval
@@ -232,7 +232,7 @@ def works(
     mapper: StateMapper,
 ) -> bool:
     """Whether a step says that its action had an effect."""
-    return e.valid and e.next_state != mapper.merge(e.state, f"fail {e.action}")
+    return e.valid and had_effect(e, mapper)
 
 
 def events(

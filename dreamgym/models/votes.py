@@ -62,7 +62,7 @@ def pessimistic(
         return e
     if rule == "end" and election.agreement < threshold:
         return replace(e, reward=0.0, terminated=True)
-    if rule == "lower":
+    if rule == "lower" and election.reward_share < 1:
         won = e.reward == 1 if e.terminated else None  # a doubted success is one still
         return replace(e, reward=round(e.reward * election.reward_share, 2), success=won)
     return e

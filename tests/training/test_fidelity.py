@@ -418,8 +418,12 @@ def test_an_evaluation_in_training_tells_honest_dreams_from_others(env, monkeypa
     early = [replace(d, turns=[*d.turns[:-2], replace(d.turns[-2], reward=1.0)]) for d in dreams[3:]]
     early = [replace(d, final_state=full.turns[-1].state) for d, full in zip(early, dreams[3:], strict=True)]
     config = load_config(None, "alfworld", "smoke", "training.gap_episodes=6")
-    loop = SimpleNamespace(config=config, ready=SimpleNamespace(env=env), player=None, iteration=1)
-    monkeypatch.setattr(arms, "evaluate_policy", lambda *_, **__: SimpleNamespace(outcomes=[True] * 3 + [False] * 3))
+    loop = SimpleNamespace(config=config, ready=SimpleNamespace(env=env), player=None, iteration=1, device="cpu")
+
+    def half_won(policy, env, tasks, *_, **__):
+        return SimpleNamespace(trajectories=[SimpleNamespace(success=i < 3, aborted=None) for i in range(len(tasks))])
+
+    monkeypatch.setattr(arms, "evaluate_policy", half_won)
     rows = []
     for played in (dreams, dreams[:3] + early, [replace(d, success=False, terminated=False) for d in early]):
         rows.append({})

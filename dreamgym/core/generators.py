@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -401,12 +403,14 @@ def request_json(
     """One request; what went wrong is in the status, not raised."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy stands in between
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310 (the user's own server)
-            status, text = answer.status, answer.read().decode()
+        with opener.open(request, timeout=timeout) as answer:  # noqa: S310 (the user's own server)
+            status, text = answer.status, answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")[:500]
-    except OSError as error:  # refused, reset, timed out
+    except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, torn off
         return 0, str(error)
     try:
         return status, json.loads(text) if text.strip() else {}

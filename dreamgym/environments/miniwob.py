@@ -238,11 +238,11 @@ def scripted_action(
 
 # %% ../../nbs/environments/15g_miniwob.ipynb #a6ae3dff
 SOLVED = """
-click-test click-test-2 click-test-transfer click-button click-button-sequence click-link click-dialog click-
-dialog-2 click-tab click-tab-2-easy click-tab-2-medium click-tab-2 click-collapsible click-collapsible-2
+click-test click-test-2 click-test-transfer click-button click-button-sequence click-link click-dialog
+click-dialog-2 click-tab click-tab-2-easy click-tab-2-medium click-tab-2 click-collapsible click-collapsible-2
 click-widget click-option click-checkboxes click-checkboxes-large click-checkboxes-transfer unicode-test
-focus-text focus-text-2 enter-text enter-text-2 enter-text-dynamic enter-password enter-date enter-time login-
-user choose-list copy-paste find-word simple-arithmetic simple-algebra read-table guess-number multi-layouts
+focus-text focus-text-2 enter-text enter-text-2 enter-text-dynamic enter-password enter-date enter-time
+login-user choose-list copy-paste find-word simple-arithmetic simple-algebra read-table guess-number multi-layouts
 form-sequence-3 use-spinner
 """.split()
 

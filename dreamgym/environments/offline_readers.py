@@ -23,19 +23,25 @@ from .offline import EXPERT, record
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'parse_line', 'jsonl_files', 'read_trajectories', 'walkthrough_experiences', 'webshop_page', 'sub_page',
-           'webshop_action', 'webshop_session', 'webshop_experiences']
+__all__ = ['log', 'name_of', 'parse_line', 'jsonl_files', 'read_trajectories', 'walkthrough_experiences', 'webshop_page',
+           'sub_page', 'webshop_action', 'webshop_session', 'webshop_experiences']
 
 # %% ../../nbs/environments/16a_offline_readers.ipynb #55b54762
+def name_of(line: Mapping[str, Any]) -> str:
+    """An episode's id where the file gives none; a transition by itself is an episode of its own."""
+    text = json.dumps(line, sort_keys=True).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
 def parse_line(
     line: Any,  # a JSON value
 ) -> list[Experience]:  # one row, or those of an episode
     """A transition or an episode. Raises ValueError that says what is wrong."""
     if not isinstance(line, Mapping) or "steps" not in line:
-        return [parse_row(line)]
+        row = parse_row(line)
+        return [row if row.episode_id else replace(row, episode_id=name_of(line))]
     shared = {key: value for key, value in line.items() if key not in ("steps", "final_state")}
-    digest = hashlib.blake2b(json.dumps(line, sort_keys=True).encode("utf-8", "surrogatepass"), digest_size=8)
-    shared.setdefault("episode_id", digest.hexdigest())
+    shared.setdefault("episode_id", name_of(line))
     steps, final = line["steps"], line.get("final_state")
     if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
         raise ValueError("field 'steps': expected a list of objects")

@@ -464,7 +464,8 @@ def vary(
 def feasible(
     tasks: Sequence[Task],  # seed tasks' metadata with tickets of their own
 ) -> list[Task | None]:  # each with its task type; None: it cannot be done
-    """A checker of generated tickets: it can be read, and the customer has these things, each asked for once."""
+    """A checker of generated tickets: it can be read, the customer has these things, each asked for once,
+    and it belongs to the task's split."""
     from dataclasses import replace
 
     checked: list[Task | None] = []
@@ -473,6 +474,7 @@ def feasible(
             _, requests = read_ticket(task.instruction)
             gold_actions(task)
             once = len({request.item for request in requests}) == len(requests)
+            once = once and may_have(task.split, task.metadata["world"], requests)
         except (ValueError, DataError):
             once = False
         kind = "two wishes" if once and len(requests) > 1 else requests[0].wish if once else ""

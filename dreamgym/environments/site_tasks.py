@@ -296,7 +296,8 @@ def vary(
 def feasible(
     tasks: Sequence[Task],  # seed tasks' metadata with instructions of their own
 ) -> list[Task | None]:  # each with its kind; None: its world does not allow it
-    """A checker of generated tasks."""
-    known = [task.instruction in world_goals(task.metadata["site"], task.metadata["seed"]) for task in tasks]
+    """A checker of generated tasks; held-out ones stay out."""
+    recipes = [(task.metadata["site"], task.metadata["seed"], task.split) for task in tasks]
+    known = [task.instruction in goal_order(*recipe) for task, recipe in zip(tasks, recipes, strict=True)]
     pairs = zip(tasks, known, strict=True)
     return [replace(task, task_type=read_goal(task.instruction).kind) if good else None for task, good in pairs]

@@ -22,8 +22,8 @@ from .policy import Policy
 from .ppo import FiniteGuard, bare
 
 # %% auto #0
-__all__ = ['OFFLINE', 'Prepared', 'Progress', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget', 'affordable',
-           'finished']
+__all__ = ['OFFLINE', 'WORLD', 'Prepared', 'Progress', 'ArmLoop', 'evolves', 'memory', 'group_size', 'within_budget',
+           'affordable', 'finished', 'trained_on']
 
 # %% ../../nbs/training/36a_arm_loop.ipynb #256c3996
 OFFLINE = ("sft", "dpo")  # need none
@@ -141,3 +141,13 @@ def finished(loop: ArmLoop) -> bool:
     training = loop.config.training
     last = training.num_iterations + (training.s2r_iterations if loop.arm == "s2r" else 0)
     return loop.stopped or loop.iteration >= last or (not loop.dreamt and affordable(loop) == 0)
+
+# %% ../../nbs/training/36a_arm_loop.ipynb #d87d2909
+WORLD = {"name", "size", "mapper", "max_episode_steps", "domain", "num_train_worlds"}
+
+
+def trained_on(config: Config) -> dict[str, dict[str, Any]]:  # 'world' and 'limits', for a checkpoint
+    """Settings of environment and policy that decide what is seen and how long an answer may be."""
+    section = config.policy_model
+    limits = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
+    return {"world": config.environment.model_dump(include=WORLD), "limits": limits}

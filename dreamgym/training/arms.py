@@ -479,13 +479,12 @@ def save_arm(
     state = checkpoints.optimizer_tensors(loop.optimizer, keep=is_main(loop.accelerator))
     if not is_main(loop.accelerator):
         return
-    run, config, section = loop.run, loop.config, loop.config.policy_model
+    run, config = loop.run, loop.config
     facts: dict[str, Any] = {"offset": run.offset(), "episodes_offset": (run.path / "episodes.jsonl").stat().st_size}
     facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm, "stopped": loop.stopped}
     facts["inherited"] = loop.inherited
     facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(memory(loop))}
-    facts["world"] = config.environment.model_dump(include={"name", "size", "mapper", "max_episode_steps", "domain"})
-    facts["limits"] = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
+    facts |= arm_loop.trained_on(config)
     kept = {"curriculum.json": loop.known} | ({DREAMER: loop.model.client.language_model} if evolves(loop) else {})
     save_checkpoint(loop.checkpoints, loop.iteration, loop.player, state, facts, kept)
     checkpoints.prune_checkpoints(

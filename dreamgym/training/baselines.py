@@ -17,18 +17,26 @@ from ..models.experience_sft import endless_batches, example_loss, learning_rate
 from .policy import Policy, demonstrated_turns
 
 # %% auto #0
-__all__ = ['demonstrations', 'demonstrated', 'episodes_of', 'supervised_step', 'validation_loss', 'CloningReport', 'clone',
-           'rft_update']
+__all__ = ['DEMONSTRATORS', 'is_demonstrated', 'demonstrations', 'demonstrated', 'episodes_of', 'supervised_step',
+           'validation_loss', 'CloningReport', 'clone', 'rft_update']
+
+# %% ../../nbs/training/35_baselines.ipynb #1e2c7572
+DEMONSTRATORS = ("expert", "walkthrough", "human", "recorded")
+
+
+def is_demonstrated(e: Experience) -> bool:
+    """Whether an action is worth imitating: an expert's, or one in another's episode that was won."""
+    return e.policy == "expert" or (e.policy in DEMONSTRATORS and bool(e.success))
 
 # %% ../../nbs/training/35_baselines.ipynb #366b912d
 def demonstrations(
     experiences: Sequence[Experience],
     policy: Policy,
 ) -> list[tuple[list[int], list[int]]]:  # prompt ids, response ids
-    """Rows that an expert acted in; noisy and random actions are seen in what came before, never imitated."""
+    """Rows of demonstrators; noisy and random actions are seen in what came before, never imitated."""
     if policy.codec.context != "state":
         return [row for episode in episodes_of(experiences) for row in demonstrated(episode, policy)]
-    rows = [e for e in experiences if e.policy == "expert"]
+    rows = [e for e in experiences if is_demonstrated(e)]
     responses = [policy.codec.response(e.action) for e in rows]
     return list(zip(policy.codec.prompts([e.state for e in rows]), responses, strict=True)) if rows else []
 
@@ -40,7 +48,7 @@ def demonstrated(
     """An episode as the policy would have played it."""
     turns = demonstrated_turns(policy.codec, [e.state for e in episode], [e.action for e in episode])
     both = zip(turns, episode, strict=True)
-    return [(list(t.prompt_ids), list(t.response_ids)) for t, e in both if e.policy == "expert"]
+    return [(list(t.prompt_ids), list(t.response_ids)) for t, e in both if is_demonstrated(e)]
 
 
 def episodes_of(

@@ -26,8 +26,8 @@ class EvaluateArguments:
 
     checkpoint: str
     """Manifest of the checkpoint, such as data/checkpoints/policy_iter_0100.json."""
-    env: str = "alfworld"
-    """Environment."""
+    env: str | None = None
+    """Environment; default: that which the policy was trained in, else that of the YAML file, else alfworld."""
     config: str | None = None
     """YAML file; default: configs/<env>.yaml."""
     num_episodes: int | None = None
@@ -56,10 +56,11 @@ def evaluate(
 
     policy, facts = load_policy(arguments.checkpoint), read_manifest(arguments.checkpoint)
     trained = [f"policy_model.{key}={value}" for key, value in facts.get("limits", {}).items()]
-    world = facts.get("world", {})
-    if world.get("name") == arguments.env:  # elsewhere its sizes mean nothing
+    world, named = facts.get("world", {}), load_config(arguments.config).environment.name if arguments.config else ""
+    env_name = arguments.env or world.get("name") or named or "alfworld"
+    if world.get("name") == env_name:  # elsewhere its sizes mean nothing
         trained += [f"environment.{key}={json.dumps(value)}" for key, value in world.items() if key != "name"]
-    config = load_config(arguments.config, arguments.env, None, [*trained, *arguments.set])
+    config = load_config(arguments.config, env_name, None, [*trained, *arguments.set])
     env = make_environment(config.environment.name, config.environment)
     split = arguments.split or config.environment.eval_split
     tasks = env.tasks(split)[: arguments.num_episodes or config.training.eval_episodes]

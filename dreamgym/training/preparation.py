@@ -31,7 +31,7 @@ from ..models.reasoning_model import ExperiencePrompts, ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import write_json
 from . import scale
-from .baselines import CloningReport, clone, demonstrations
+from .baselines import DEMONSTRATORS, CloningReport, clone, demonstrations, is_demonstrated
 from .grpo import GROUPED
 from .policy import Policy, make_codec
 from .rollout import RolloutConfig, rollout
@@ -80,11 +80,15 @@ def offline_data(
     config: Config,
     tasks: Sequence[Task],
 ) -> list[Experience]:
-    """Recorded now (`auto`), read from the user's files, or none (null: synthetic only)."""
+    """Recorded now (`auto`), read from the user's files without held-out rows, or none (null: synthetic only)."""
     where = config.environment.offline_data
     if where == "auto":
         return record_offline(env, tasks, config.training.seed)
-    return read_trajectories(project_path(where))[0] if where else []
+    rows = read_trajectories(project_path(where))[0] if where else []
+    kept = [row for row in rows if row.split == "train"]
+    if len(kept) < len(rows):
+        log.warning("%s: %d rows of other splits than 'train' are left out", where, len(rows) - len(kept))
+    return kept
 
 # %% ../../nbs/training/35a_preparation.ipynb #0ea17359
 def with_states(
@@ -99,8 +103,8 @@ def with_initial_states(
     tasks: Iterable[Task],
     experiences: Iterable[Experience],
 ) -> list[Task]:  # tasks whose first state is on record
-    """Gives each task the first state that was recorded for it; tasks without one are left out."""
-    return with_states(tasks, {e.task_id: e.state for e in experiences if e.turn == 0})
+    """Gives each task the state that its first recorded episode began with; tasks without one are left out."""
+    return with_states(tasks, {e.task_id: e.state for e in reversed([*experiences]) if e.turn == 0})
 
 # %% ../../nbs/training/35a_preparation.ipynb #cb4ef6eb
 def environment_texts(
@@ -191,6 +195,8 @@ def clone_policy(
     if not config.policy_model.bc_demonstrations:
         return CloningReport(0, [], 0)
     train, validation = cloning_examples(policy, experiences, config.policy_model)
+    if not train and experiences:
+        log.warning("nothing to clone: no row's policy is one of %s", ", ".join(DEMONSTRATORS))
     return clone(policy, train, validation, config.policy_model, config.training.seed, on_epoch)
 
 
@@ -219,7 +225,7 @@ def demonstration_rows(
     episodes: int,  # spread evenly over those in which an expert acts
 ) -> list[Experience]:
     """Rows of the episodes that are cloned from."""
-    names = list(dict.fromkeys(e.episode_id for e in experiences if e.policy == "expert"))
+    names = list(dict.fromkeys(e.episode_id for e in experiences if is_demonstrated(e)))
     count = min(episodes, len(names))
     chosen = {names[i * len(names) // count] for i in range(count)}
     return [e for e in experiences if e.episode_id in chosen]
@@ -240,7 +246,7 @@ def cloned_rollouts(
     env: Environment,
     tasks: Sequence[Task],
     config: Config,
-) -> list[Experience]:
+) -> tuple[list[Experience], int]:  # rows of episodes that were not aborted; real transitions of all
     """Real episodes of the cloned policy, sampled at temperature 1, as many as the config allows."""
     tasks = tasks[: config.environment.live_episodes]
     slots = max(1, min(env.max_slots, len(tasks)))
@@ -250,7 +256,8 @@ def cloned_rollouts(
     batch = env.make(slots)
     played = rollout(generator, batch, tasks, policy.codec, settings, seed=config.training.seed)
     batch.close()
-    return [row for t in played if t.aborted is None for row in experiences_of(t, env)]
+    rows = [row for t in played if t.aborted is None for row in experiences_of(t, env)]
+    return rows, sum(len(t.turns) for t in played)
 
 # %% ../../nbs/training/35a_preparation.ipynb #e87e1b65
 def lost_targets(

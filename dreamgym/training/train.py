@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +29,12 @@ class TrainArguments:
 
     config: str | None = None
     """YAML file; default: configs/<env>.yaml."""
-    env: str = "alfworld"
-    """Environment."""
+    env: str | None = None
+    """Environment; default: that of the YAML file, else alfworld."""
     preset: Literal["auto", "smoke", "cpu", "gpu"] = "auto"
     """Sizes: gpu with CUDA, else cpu; smoke proves that everything runs."""
-    mode: Literal["dream", "real", "s2r"] = "dream"
-    """Where the policy trains; s2r continues a finished dream arm for real. sft and dpo play nowhere."""
+    mode: Literal["dream", "real", "s2r"] | None = None
+    """Where the policy trains; s2r continues a finished dream arm for real. Default: training.mode."""
     algorithm: Literal["ppo", "grpo", "rloo", "gigpo", "rft", "sft", "dpo"] | None = None
     """With a critic, by groups, on own successes, or offline (sft, dpo). Default: the config's rl.algorithm."""
     num_iterations: int | None = None
@@ -50,7 +50,7 @@ class TrainArguments:
     resume: str | None = None
     """Folder of a run to continue, with its own config."""
     checkpoints: str = "data/checkpoints"
-    """Where the newest checkpoint is copied after each save; empty: nowhere."""
+    """Folder that shows the checkpoints of the run that trained last; empty: none."""
     set: tuple[str, ...] = field(default=())
     """More settings, such as rl.lr=0.001 buffer.top_k=0."""
 
@@ -60,7 +60,12 @@ def resolve(
 ) -> tuple[Config, Path]:  # config, run folder
     """The config and the folder of a run. Raises ConfigError for what cannot be used."""
     if arguments.resume:
-        folder = Path(arguments.resume)
+        folder, asked = Path(arguments.resume), vars(arguments)
+        free = ("resume", "mode", "checkpoints")
+        given = [f.name for f in fields(arguments) if f.name not in free and asked[f.name] != f.default]
+        given = [name for name in given if asked[name] != ()]
+        if given:
+            raise ConfigError(f"--resume continues a run as it is; leave out --{given[0].replace('_', '-')}")
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with its config.yaml")
         return load_config(folder / "config.yaml"), folder
@@ -72,8 +77,9 @@ def resolve(
         "training.use_wandb": arguments.use_wandb or None,
     }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    config = load_config(arguments.config, arguments.env, arguments.preset, [*overrides, *arguments.set])
-    name = f"{arguments.env.partition(':')[0]}-seed{config.training.seed}"
+    env = arguments.env or (load_config(arguments.config).environment.name if arguments.config else "alfworld")
+    config = load_config(arguments.config, env, arguments.preset, [*overrides, *arguments.set])
+    name = f"{env.partition(':')[0]}-seed{config.training.seed}"
     folder = Path(arguments.out_dir) if arguments.out_dir else project_path(config.training.out_dir) / name
     return config, folder
 
@@ -82,14 +88,18 @@ def publish(
     source: Path,  # checkpoints of an arm
     target: Path,  # such as data/checkpoints
 ) -> Path | None:  # the manifest's copy
-    """Copies the newest whole checkpoint."""
-    from dreamgym.training.checkpoints import newest_checkpoint
+    """Copies the newest whole checkpoint; what the arm does not keep leaves the copy too."""
+    from dreamgym.training.checkpoints import iteration_of, manifests, newest_checkpoint, remove_folder
 
     found = newest_checkpoint(source)
     if found is None:
         return None
     manifest, facts = found
     target.mkdir(parents=True, exist_ok=True)
+    kept = {path.name for path in manifests(source)}
+    for old in (path for path in manifests(target) if path.name not in kept):
+        old.unlink()
+        remove_folder(target / f"iter_{iteration_of(old):04d}")
     shutil.rmtree(target / facts["folder"], ignore_errors=True)
     shutil.copytree(manifest.parent / facts["folder"], target / facts["folder"])
     return Path(shutil.copy2(manifest, target / manifest.name))
@@ -104,7 +114,7 @@ def train(
 
     config, folder = resolve(arguments)
     trainer = DreamGymTrainer(config, folder)
-    arm = config.rl.algorithm if config.rl.algorithm in OFFLINE else arguments.mode
+    arm = config.rl.algorithm if config.rl.algorithm in OFFLINE else arguments.mode or config.training.mode
     ready = trainer.prepare(dream=arm in ("dream", "s2r"))
 
     def keep(row: dict) -> None:

@@ -33,7 +33,7 @@ from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
 from ..utils.tracking import RunDir, lock_folder, write_json, writing
 from . import arms, checkpoints
 from . import preparation as prep
-from .arm_loop import OFFLINE, ArmLoop, Prepared, finished
+from .arm_loop import OFFLINE, ArmLoop, Prepared, finished, trained_on
 from .arms import run_iteration, start_arm_loop
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
 from .fine_tuning import fine_tune
@@ -87,15 +87,16 @@ def make_prepared(
     losses = RunningLoss(say, config.policy_model.pretrain_steps or 0, "pretraining")
     prep.pretrain_policy(policy, data, env, config, losses)
     report = prep.clone_policy(policy, data, config, lambda i, loss: say(f"cloning epoch {i + 1}: loss {loss:.3f}"))
-    own = with_reasoning(trainer, prep.cloned_rollouts(policy, env, tasks, config))
-    say(f"cloned from {report.rows:,} demonstrated actions; {len(own):,} transitions of its own rollouts")
+    played, spent = prep.cloned_rollouts(policy, env, tasks, config)
+    own = with_reasoning(trainer, played)
+    say(f"cloned from {report.rows:,} demonstrated actions; {spent:,} transitions of its own rollouts")
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
     buffer.add_many(data + own)
     if len(buffer) < len(data + own):
         log.warning("the buffer took %d of %d transitions: see buffer.capacity", len(buffer), len(data + own))
     save_checkpoint(home, 0, policy, None, {"stage": "cloned"})
     demonstrated = len(prep.rows_of_clone(data, config.policy_model))
-    counts = {"offline": len(data), "cloned": len(own), "demonstrations": demonstrated}
+    counts = {"offline": len(data), "cloned": spent, "demonstrations": demonstrated}
     begun = prep.with_initial_states(tasks, data)
     write_json(home / "first_states.json", {task.id: task.initial_state for task in begun})
     write_json(home / "counts.json", counts)
@@ -268,8 +269,7 @@ def fit_offline(
     row["time/iteration"] = time.monotonic() - start
     run.truncate(0)
     run.log(row)
-    limits = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
-    save_checkpoint(run.path / "checkpoints", 1, policy, None, {"row": row, "limits": limits})
+    save_checkpoint(run.path / "checkpoints", 1, policy, None, {"row": row} | trained_on(config))
     tell(row)
     return policy
 

@@ -24,6 +24,7 @@ from ..core.generators import TransformersGenerator
 from ..core.language_model import LanguageModel
 from ..core.small_lm import SmallLMForCausalLM, SmallPreTrained
 from ..environments.base_env import BatchEnv
+from .baselines import is_demonstrated
 from .policy import Policy, TurnCodec
 from .rollout import RolloutConfig, rollout
 
@@ -196,10 +197,10 @@ def good_actions(
 ) -> dict[tuple[str, str], dict[str, None]]:  # (task id, situation): actions, the expert's first
     """What the expert did, and what worked in won episodes of a policy; noisy and random actions are never good."""
     found: dict[tuple[str, str], dict[str, None]] = {}
-    for e in sorted(experiences, key=lambda e: e.policy != "expert"):
+    for e in sorted(experiences, key=lambda e: not is_demonstrated(e)):
         here = situation(e.state)
         worked = e.success and e.policy not in ("noise", "random") and situation(e.next_state) != here
-        if e.policy == "expert" or worked:
+        if is_demonstrated(e) or worked:
             found.setdefault((e.task_id, here), {})[e.action] = None
     return found
 

@@ -159,7 +159,7 @@ def agents(arguments: argparse.Namespace) -> None:
     texts = prep.environment_texts(data, env)
     clone = Policy(prep.make_language_model(config.policy_model, texts, 0))
     prep.clone_policy(clone, data, config)
-    rows = data + prep.cloned_rollouts(clone, env, tasks, config)
+    rows = data + prep.cloned_rollouts(clone, env, tasks, config)[0]
     print(f"{len(tasks)} worlds, rows by behaviour: {dict(Counter(row.policy for row in rows))}")
     for effective in (False, True):
         pairs = tb.dpo_pairs(rows, effective)

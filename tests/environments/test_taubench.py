@@ -131,6 +131,8 @@ def test_variations_and_their_checker(env):
         assert share(env, made, env.expert) == 1.0
     wrong = ["user 3 wants to sing.", "", tasks[0].instruction.replace("the ", "the other ")]
     assert feasible([replace(tasks[0], instruction=text) for text in wrong]) == [None] * 3
+    held = env.tasks("seen")[:20]  # tickets of the same worlds that training must not see
+    assert all(feasible(held)) and not any(feasible([replace(task, split="train") for task in held]))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ import sys
 import pytest
 from test_trainer import TINY
 
-from dreamgym.core.config import load_config
-from dreamgym.core.errors import MissingExtra
-from dreamgym.training import evaluate, train, trainer
+from dreamgym.core.config import load_config, save_config
+from dreamgym.core.errors import ConfigError, MissingExtra
+from dreamgym.training import checkpoints, evaluate, play, train, trainer
+from dreamgym.training.arm_loop import trained_on
+from dreamgym.training.checkpoints import manifest_name, prune_checkpoints
+from dreamgym.training.play import Evaluation
 
 
 def flags(tmp_path, *more):
@@ -97,3 +100,70 @@ def test_two_ranks_train_like_one(tmp_path):
         assert a.keys() == b.keys()
         numbers = [key for key in a if isinstance(a[key], (int, float)) and key != "policy/flat_groups"]
         assert all(abs(a[key] - b[key]) < 1e-4 for key in numbers), {k: (a[k], b[k]) for k in numbers}
+
+
+def test_a_yaml_file_alone_names_its_environment(tmp_path):
+    config, folder = train.resolve(train.TrainArguments(config="configs/webshop.yaml"))
+    assert config.environment.name == "webshop" and folder.name == "webshop-seed0"
+    config, folder = train.resolve(train.TrainArguments())
+    assert config.environment.name == "alfworld" and folder.name == "alfworld-seed0"
+
+
+def test_the_mode_of_the_config_counts(tmp_path, monkeypatch):
+    seen = []
+
+    class Stub:
+        main, accelerator = False, None
+
+        def __init__(self, config, folder):
+            pass
+
+        def prepare(self, dream):
+            seen.append(dream)
+
+        def fit(self, ready, arm, keep):
+            seen.append(arm)
+
+    monkeypatch.setattr(trainer, "DreamGymTrainer", Stub)
+    for more in (("training.mode=real",), ()):
+        train.train(train.TrainArguments(preset="smoke", set=more, out_dir=str(tmp_path)))
+    assert seen == [False, "real", True, "dream"]
+
+
+def test_a_resumed_run_takes_no_other_settings(tmp_path):
+    save_config(load_config(None, "alfworld", "smoke"), tmp_path / "config.yaml")
+    assert train.resolve(train.TrainArguments(resume=str(tmp_path), mode="real", checkpoints=""))[1] == tmp_path
+    for more in ({"num_iterations": 50}, {"set": ("rl.lr=1",)}, {"preset": "gpu"}):
+        with pytest.raises(ConfigError, match="--resume continues a run as it is; leave out --"):
+            train.resolve(train.TrainArguments(resume=str(tmp_path), **more))
+
+
+def test_published_checkpoints_are_those_that_the_arm_keeps(tmp_path):
+    source, target = tmp_path / "arm", tmp_path / "kept"
+    for number in range(1, 6):
+        (source / f"iter_{number:04d}").mkdir(parents=True)
+        facts = {"iteration": number, "folder": f"iter_{number:04d}", "files": {}}
+        (source / manifest_name(number)).write_text(json.dumps(facts))
+        prune_checkpoints(source, 2, 1)
+        train.publish(source, target)
+    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in source.iterdir())
+
+
+def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkeypatch):
+    config = load_config(None, "alfworld", "smoke", "environment.size=full environment.data_dir=generated")
+    facts, asked = {"files": {}, "folder": "x"} | trained_on(config), []
+
+    def played(policy, env, tasks, *_):
+        asked.append((env.name, env.max_turns))
+        return Evaluation([], 0.0)
+
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path: None)
+    monkeypatch.setattr(checkpoints, "read_manifest", lambda path: facts)
+    monkeypatch.setattr(play, "evaluate_policy", played)
+    more = {"checkpoint": "policy_iter_0001.json", "num_episodes": 1}
+    evaluate.evaluate(evaluate.EvaluateArguments(**more, set=("environment.data_dir=generated",)))
+    facts["world"]["name"] = "webshop"
+    evaluate.evaluate(evaluate.EvaluateArguments(**more))
+    evaluate.evaluate(evaluate.EvaluateArguments(**more, env="alfworld", set=("environment.data_dir=generated",)))
+    assert asked[0] == ("alfworld-generated", 50) and asked[1][0] == "webshop-generated"
+    assert asked[2] == ("alfworld-generated", 30)  # another world's sizes mean nothing here

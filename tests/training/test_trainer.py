@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dreamgym.core.config import load_config
+from dreamgym.core.data_structures import Experience, to_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.language_model import LanguageModel, build_model
 from dreamgym.models.experience_sft import encode_examples, example_loss
@@ -19,8 +20,9 @@ from dreamgym.models.reasoning_model import ExperiencePrompts, Query
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer, read_rows
 from dreamgym.training import arms
 from dreamgym.training.arm_loop import finished
+from dreamgym.training.baselines import DEMONSTRATORS
 from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint, prune_checkpoints
-from dreamgym.training.preparation import demonstration_rows
+from dreamgym.training.preparation import demonstration_rows, offline_data
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, claim_folder, run_iteration, start_arm_loop
 from dreamgym.utils.tracking import RunDir
@@ -502,3 +504,21 @@ def test_no_demonstrations_is_no_cloning(tmp_path):
 def test_a_buffer_that_is_too_small_says_so(tmp_path, caplog):
     trainer(tmp_path, buffer__capacity=50).prepare(dream=False)
     assert "the buffer took 50 of" in caplog.text
+
+
+def test_held_out_rows_of_a_users_file_are_left_out(tmp_path, caplog):
+    row = to_row(Experience("s", "a", 0.0, "t", False, episode_id="e", policy="expert"))
+    lines = [row, row | {"split": "unseen"}, row | {"split": "valid"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = offline_data(None, config(environment__offline_data=str(tmp_path / "mine.jsonl")), [])
+    assert len(found) == 1 and "2 rows of other splits" in caplog.text
+
+
+def test_what_others_have_won_is_cloned_too():
+    rows = [Experience("s", "a", 0.0, "t", False, episode_id=name, policy=name, success=True) for name in DEMONSTRATORS]
+    others = [
+        Experience("s", "a", 0.0, "t", False, episode_id=name, policy=name, success=True) for name in ("noise", "")
+    ]
+    assert demonstration_rows([*rows, *others], 99) == rows
+    lost = [replace(row, success=False) for row in rows]
+    assert demonstration_rows(lost, 99) == lost[:1]  # an expert's actions among noise are right, whatever came of it

@@ -11,6 +11,7 @@ from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.data_structures import Task
 from dreamgym.core.errors import ConfigError, EnvironmentFailure, MissingExtra
 from dreamgym.environments import browser, webarena
+from dreamgym.environments.miniwob import SOLVED
 from dreamgym.environments.site_tasks import site_tasks, vary, webarena_config, world_goals
 from dreamgym.environments.sites import HEADERS, ROUTES, SITES, SiteServer, open_database
 from dreamgym.environments.web_rules import effect_of, expert_action, violations
@@ -193,3 +194,8 @@ def test_readiness_names_each_sites_problem_and_the_tasks_that_can_run(monkeypat
     assert webarena.chosen_benchmark(None) == "webarena" and webarena.chosen_benchmark("generated") == "generated"
     with pytest.raises(ConfigError, match="webarenalite"):
         webarena.chosen_benchmark("webarenalight")
+
+
+def test_names_of_solved_pages_are_whole():
+    assert {"click-dialog-2", "login-user", "click-dialog"} <= {*SOLVED} and len(SOLVED) == len({*SOLVED})
+    assert not [name for name in SOLVED if name.endswith("-") or name in ("user", "dialog-2")]

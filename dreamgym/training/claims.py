@@ -16,8 +16,8 @@ from ..utils.statistics import stratified_bootstrap
 from .benchmark import Row, difference, mean_of, read_name
 
 # %% auto #0
-__all__ = ['CLAIMS', 'PAPER', 'WORDS', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'by_type', 'contrast', 'verdict', 'in_points',
-           'describe', 'table_of_settings', 'plot_settings']
+__all__ = ['CLAIMS', 'PAPER', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'by_type', 'contrast', 'verdict',
+           'in_points', 'describe', 'reading_order', 'table_of_settings', 'plot_settings']
 
 # %% ../../nbs/training/42_claims.ipynb #07238074
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "environment.mapper": "raw observations",
     }
 )
+GAMES = ("small generated", "full generated", "official")
 UNSAID = ("environment.size", "training.eval_every", "training.control", "training.s2r_budget")
 
 
@@ -144,6 +145,14 @@ def describe(
         return "official", changes
     return f"{load_config(None, env, preset, words).environment.size} generated", changes
 
+
+def reading_order(
+    setting: str,
+    env: str = "alfworld",
+) -> tuple[int, int, str]:
+    """For sorting: small games first, official ones last; what differs least from the preset first."""
+    return GAMES.index(describe(setting, env)[0]), len(setting.split()), setting
+
 # %% ../../nbs/training/42_claims.ipynb #a1aa50c5
 SETTING = ("preset=", "data=", "environment.", "policy_model.", "training.")  # what a setting of its own may change
 
@@ -157,7 +166,7 @@ def table_of_settings(
     """What was won from each start in each kind of game, in the dream and in the real environment."""
     table: dict[str, Row] = {}
     names = {row["setting"] for row in rows if all(word.startswith(SETTING) for word in row["setting"].split())}
-    for name in sorted(names, key=lambda name: (describe(name, env)[0] == "official", len(name), name)):
+    for name in sorted(names, key=lambda name: reading_order(name, env)):
         mine = [row for row in rows if row["setting"] == name]
         gain = contrast(mine, {"dream": 1, "bc": -1}, temperature)
         if gain is None or gain["seeds"] < least:

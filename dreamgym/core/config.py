@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,7 +27,7 @@ from .errors import ConfigError, unknown_name
 __all__ = ['SECTIONS', 'REPORTING', 'unknown_key', 'describe_problem', 'Section', 'ExperienceTraining', 'ReasoningModelConfig',
            'PolicyModelConfig', 'BufferConfig', 'CurriculumConfig', 'RLConfig', 'ArmTraining', 'TrainingConfig',
            'EnvironmentConfig', 'Config', 'config_keys', 'elsewhere', 'check_tree', 'NumberLoader', 'parse_value',
-           'read_tree', 'project_root', 'project_path', 'resolve_preset', 'preset_paths', 'split_override',
+           'read_tree', 'project_root', 'project_path', 'is_here', 'resolve_preset', 'preset_paths', 'split_override',
            'parse_overrides', 'load_config', 'check_parameters', 'save_config', 'config_hash', 'config_template']
 
 # %% ../../nbs/core/02_config.ipynb #13a2f83b
@@ -451,6 +452,11 @@ def project_path(
 ) -> Path:  # absolute
     """A path of the configuration, whatever folder the caller is in."""
     return project_root() / Path(path).expanduser()
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is of this machine: no proxy stands before it, and nobody on the way reads along."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 # %% ../../nbs/core/02_config.ipynb #5472c96e
 def resolve_preset(

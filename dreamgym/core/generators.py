@@ -11,7 +11,6 @@ import json
 import shutil
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .config import is_here
 from .errors import ConfigError, DreamGymError, MissingExtra
 from .language_model import LanguageModel
 from .small_lm import BufferedCache
@@ -403,8 +403,7 @@ def request_json(
     """One request; what went wrong is in the status, not raised."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy stands in between
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_here(url) else []))
     try:
         with opener.open(request, timeout=timeout) as answer:  # noqa: S310 (the user's own server)
             status, text = answer.status, answer.read().decode(errors="replace")
@@ -417,7 +416,7 @@ def request_json(
     except ValueError:
         return 0, f"no JSON: {text[:200]!r}"
 
-
+# %% ../../nbs/core/03a_generators.ipynb #7cc5a2b9
 def call_server(
     url: str,
     body: Mapping[str, Any] | None = None,  # None: GET

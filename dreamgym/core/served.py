@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx2
 from pydantic import SecretStr
 
-from .config import ReasoningModelConfig, project_path
+from .config import ReasoningModelConfig, is_here, project_path
 from .errors import ConfigError, PredictionError, unknown_name
 from .ledger import Ledger, ReplyCache, request_key, reserve, settle
 from .llm import LLMError, Reply, Request, read_structured
@@ -172,8 +172,7 @@ def request_body(
 # %% ../../nbs/core/04b_served.ipynb #7c248934
 def secure(address: str) -> bool:
     """Whether nobody on the way can read along."""
-    parts = urlsplit(address)
-    return parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+    return urlsplit(address).scheme == "https" or is_here(address)
 
 
 def find_key(server: Server) -> SecretStr | None:
@@ -303,8 +302,7 @@ class Caller:
         self.dialect, self.structured, self.answers = DIALECTS[server.provider], True, 0
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         wait = httpx2.Timeout(server.timeout, connect=min(10.0, server.timeout))
-        away = urlsplit(server.address).hostname not in ("localhost", "127.0.0.1", "::1")  # proxies are for others
-        self.http = httpx2.AsyncClient(limits=limits, timeout=wait, trust_env=away)
+        self.http = httpx2.AsyncClient(limits=limits, timeout=wait, trust_env=not is_here(server.address))
         self.slots = asyncio.Semaphore(connections)
 
     def headers(self) -> dict[str, str]:

@@ -464,8 +464,7 @@ def vary(
 def feasible(
     tasks: Sequence[Task],  # seed tasks' metadata with tickets of their own
 ) -> list[Task | None]:  # each with its task type; None: it cannot be done
-    """A checker of generated tickets: it can be read, the customer has these things, each asked for once,
-    and it belongs to the task's split."""
+    """A checker of generated tickets: readable, of the task's split, the customer's own things, each asked for once."""
     from dataclasses import replace
 
     checked: list[Task | None] = []

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ from ..core.data_structures import Experience, Task, to_row
 from ..core.errors import DataError
 from .base_env import Environment, make_environment
 from .offline import EXPERT, RANDOM, Behaviour, record
+from .offline_readers import name_of
 from .web_state import WebMapper, read_command, read_page
 
 log = logging.getLogger(__name__)
@@ -96,13 +96,12 @@ def web_episode(
     if not isinstance(steps, list) or not steps or not isinstance(goal, str):
         raise DataError("a web trajectory needs 'goal' and a list 'steps' with 'axtree_txt' and 'action'")
     mapper, name = WebMapper(), str(line.get("task_id", "recorded"))
-    digest = hashlib.blake2b(json.dumps(steps, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
     trees = [str(step["axtree_txt"]) for step in steps]
     state, rows, won = mapper.start(Task(name, goal), trees[0]), list[Experience](), float(line.get("reward") or 0)
     for i, step in enumerate(steps):
         last, action = i == len(steps) - 1, own_action(str(step["action"]), trees[i])
         after = state if last else mapper.update(state, action, trees[i + 1])
-        origin: dict[str, Any] = {"task_id": name, "instruction": goal, "episode_id": f"{name} {digest}"}
+        origin: dict[str, Any] = {"task_id": name, "instruction": goal, "episode_id": name_of(line)}
         origin |= {"turn": i, "success": won > 0}
         rows.append(Experience(state, action, won if last else 0.0, after, last, policy="recorded", **origin))
         state = after

@@ -42,14 +42,15 @@ from .policy import Policy
 from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 
-log = logging.getLogger(__name__)
-
 # %% auto #0
 __all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'within_worlds', 'played_turns',
            'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
            'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
            'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
            'check_arm', 'claim_folder', 'describe']
+
+# %% ../../nbs/training/37_trainer.ipynb #948de48e
+log = logging.getLogger(__name__)
 
 # %% ../../nbs/training/37_trainer.ipynb #d27d792c
 def read_prepared(

@@ -17,8 +17,10 @@ from dreamgym.core.generators import (
     TransformersGenerator,
     VLLMGenerator,
     VLLMServerGenerator,
+    call_server,
     derive_seed,
     empty_cache,
+    request_json,
     require_generator,
     sample_token,
     uniforms,
@@ -506,3 +508,27 @@ def test_follow_ups_never_encode_history_again(tokenizer):
     assert stripping.decode([*prompt, *answer, *suffix]) == (
         "<|user|>open<|end|><|assistant|>take mug 1 think open<|end|><|user|>cup 2<|end|><|assistant|>"
     )
+
+
+def test_a_torn_answer_is_no_answer_and_no_proxy_stands_before_this_machine(monkeypatch):
+    class Torn(BaseHTTPRequestHandler):
+        def log_message(self, *args): ...
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "99")
+            self.end_headers()
+            self.wfile.write(b'{"half')
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Torn)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        status, said = request_json(f"http://127.0.0.1:{server.server_port}/v1/models")
+        with pytest.raises(ServerError, match="no usable answer after 2 tries: IncompleteRead"):
+            call_server(f"http://127.0.0.1:{server.server_port}/v1/models", retries=1, pause=0.01)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert status == 0 and "IncompleteRead" in said

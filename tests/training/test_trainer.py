@@ -18,10 +18,11 @@ from dreamgym.core.language_model import LanguageModel, build_model
 from dreamgym.models.experience_sft import encode_examples, example_loss
 from dreamgym.models.reasoning_model import ExperiencePrompts, Query
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer, read_rows
-from dreamgym.training import arms
+from dreamgym.training import arms, preparation
 from dreamgym.training.arm_loop import finished
 from dreamgym.training.baselines import DEMONSTRATORS
 from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint, prune_checkpoints
+from dreamgym.training.play import Evaluation
 from dreamgym.training.preparation import demonstration_rows, offline_data
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, claim_folder, run_iteration, start_arm_loop
@@ -522,3 +523,15 @@ def test_what_others_have_won_is_cloned_too():
     assert demonstration_rows([*rows, *others], 99) == rows
     lost = [replace(row, success=False) for row in rows]
     assert demonstration_rows(lost, 99) == lost[:1]  # an expert's actions among noise are right, whatever came of it
+
+
+def test_aborted_games_are_no_losses_but_their_turns_are_counted(whole, tmp_path, monkeypatch):
+    loop = loop_in(tmp_path, whole / "prepared")
+    dreams = arms.collect(loop, "dream", loop.ready.tasks[:4])
+    games = [replace(t, success=True, aborted="browser lost" if i < 2 else None) for i, t in enumerate(dreams)]
+    row = Evaluation(games, 1.0).row()
+    assert row["n"] == 2 and row["aborted"] == 2 and row["success"] == 1
+    assert sum(n for _, n in row["by_type"].values()) == 2 == sum(won for won, _ in row["by_type"].values())
+    monkeypatch.setattr(preparation, "rollout", lambda *_, **__: games)
+    rows, spent = preparation.cloned_rollouts(loop.policy, loop.ready.env, loop.ready.tasks[:4], loop.config)
+    assert len(rows) == sum(len(t.turns) for t in games[2:]) < spent == sum(len(t.turns) for t in games)

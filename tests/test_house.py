@@ -261,5 +261,13 @@ def test_cleaning_keeps_the_parameters_tag():
 
 
 def test_version_is_one():
-    text = (ROOT / "dreamgym" / "__init__.py").read_text(encoding="utf-8")
-    assert text.strip() == f'__version__ = "{settings()["version"]}"'
+    lines = (ROOT / "dreamgym" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if "version" in line] == [f'__version__ = "{settings()["version"]}"']
+
+
+def test_threads_do_not_spin_for_long():
+    command = [sys.executable, "-c", "import dreamgym, os; print(os.environ['GOMP_SPINCOUNT'])"]
+    clean = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    for given, expected in ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"):
+        told = subprocess.run(command, env=clean | given, check=True, capture_output=True, text=True).stdout
+        assert told.strip() == expected  # what the user sets stays

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import json
+import os
 import re
 import subprocess
 import sys

@@ -167,7 +167,7 @@ class PolicyModelConfig(Section):
     )
     bc_demonstrations: int = Field(240, ge=0, description="expert episodes for cloning; 0 skips it (episodes) [ours]")
     bc_epochs: int = Field(20, ge=0, description="most passes over the demonstrations [ours]")
-    bc_patience: int = Field(2, ge=0, description="passes without a better validation loss before stopping [ours]")
+    bc_patience: int = Field(2, ge=0, description="passes without a better validation loss that do not end it [ours]")
     bc_lr: float = Field(3e-3, gt=0, description="peak learning rate of cloning [ours]")
     bc_batch_size: int = Field(32, gt=0, description="turns per update of cloning [ours]")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA in reinforcement learning; 0: all weights train [ours]")
@@ -210,7 +210,7 @@ class CurriculumConfig(Section):
     synthetic_fraction_max: float = Field(0.0, ge=0, le=1, description="largest share of generated tasks, λ [paper]")
     seed_tasks: int | None = Field(None, gt=0, description="seed tasks; null: the whole training split (tasks) [ours]")
     best_predicted: float | None = Field(
-        None, gt=0, le=1, description="share of tasks to dream of, those predicted best; null: all [ours]"
+        None, gt=0, le=1, description="share of tasks in dream and s2r, those predicted best; null: all [ours]"
     )
     shown_tasks: int = Field(3, gt=0, description="tasks of high reward variance in a request, m (tasks) [ours]")
     candidates: int = Field(4, gt=0, description="variations to select from, for each generated task [ours]")
@@ -252,7 +252,7 @@ class RLConfig(Section):
     value_clip: float | None = Field(0.5, gt=0, description="largest change of a value; null: none [verl-agent]")
     value_warmup: int = Field(1, ge=0, description="iterations in which the value head learns before the policy [ours]")
     epochs: int = Field(2, gt=0, description="passes over each iteration's turns [ours]; 1 [verl-agent]")
-    minibatch: int = Field(256, gt=0, description="turns per update [ours]")
+    minibatch: int = Field(256, gt=0, description="turns per update; with context conversation, episodes [ours]")
     token_budget: int | None = Field(
         None, gt=0, description="padded tokens of one forward pass on one device; null: what suits the device [ours]"
     )
@@ -305,7 +305,7 @@ class TrainingConfig(ArmTraining):
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:1' [ours]")
     prepared_dir: str = Field("", description="folder of preparations that runs share; '': each makes its own [ours]")
     threads: int = Field(1, gt=0, description="torch threads on a CPU [ours]")
-    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else no [ours]")
+    mixed_precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else fp32 [ours]")
     use_tensorboard: bool = Field(True, description="write event files to logs/<run>/<arm> [ours]")
     use_wandb: bool = Field(False, description="report to Weights & Biases (extra wandb) [ours]")
     use_trackio: bool = Field(False, description="report to trackio (pip install trackio) [ours]")

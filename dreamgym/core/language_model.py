@@ -5,7 +5,7 @@
 # %% ../../nbs/core/03_language_model.ipynb #d16179f0
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ from .small_lm import SmallLMConfig
 # %% auto #0
 __all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'CALLS', 'PIECES', 'ENTITY', 'numbered_entities', 'word_decoder',
            'train_tokenizer', 'token_parts', 'architecture_config', 'build_model', 'LanguageModel',
-           'load_language_model', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows', 'trunk']
+           'load_language_model', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows', 'head_of',
+           'trunk']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
 PAD, END, UNKNOWN, ROLES = "<|pad|>", "<|end|>", "<|unk|>", ("<|system|>", "<|user|>", "<|assistant|>")
@@ -267,6 +268,21 @@ def make_rows(
     position = torch.arange(width, device=device)[None]
     return Rows(torch.tensor(rows, device=device), (position >= start) & (position < end))
 
+# %% ../../nbs/core/03_language_model.ipynb #5003b112
+def head_of(
+    model: Any,  # a transformers causal language model
+) -> Callable[[Tensor], Tensor]:  # from hidden states to logits
+    """The head with what some families do after it: Granite divides, Cohere multiplies, Gemma 2 caps."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(states: Tensor) -> Tensor:
+        scaled = head(states) * scale
+        return cap * torch.tanh(scaled / cap) if cap else scaled
+
+    return head if scale == 1.0 and not cap else logits
+
 # %% ../../nbs/core/03_language_model.ipynb #3a8233e2
 def trunk(
     model: Any,  # SmallLM, or any transformers causal language model
@@ -276,4 +292,4 @@ def trunk(
     if hasattr(model, "token_embeddings"):
         hidden, table = model.hidden_states(ids)
         return hidden, lambda states: states @ table.T
-    return model.base_model(input_ids=ids).last_hidden_state, model.get_output_embeddings()
+    return model.base_model(input_ids=ids).last_hidden_state, head_of(model)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Request', 'Reply', 'LLMError', 'LLMClient', 'setting_groups', 'GeneratorClient', 'json_candidates', 'read_json',
-           'object_schema', 'read_structured', 'fit_reply']
+           'object_schema', 'read_structured', 'clean_text', 'fit_reply']
 
 # %% ../../nbs/core/04_llm.ipynb #dba59ca2
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,15 @@ def read_structured(
         raise PredictionError(f"wrong schema: {where}: {problem.message[:200]}")
     return value
 
+# %% ../../nbs/core/04_llm.ipynb #45c1b01d
+def clean_text(
+    text: str,
+) -> str:  # writable as UTF-8
+    """Raises TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"expected text, got {type(text).__name__}")
+    return text.encode("utf-8", "replace").decode()
+
 # %% ../../nbs/core/04_llm.ipynb #3e4dfbf3
 def fit_reply(
     reply: Reply,
@@ -171,6 +180,7 @@ def fit_reply(
     if schema is None or reply.error:
         return reply
     try:
-        return replace(reply, text=json.dumps(read_structured(reply.text, schema), ensure_ascii=False))
+        value = read_structured(reply.text, schema)
+        return replace(reply, text=clean_text(json.dumps(value, ensure_ascii=False)))
     except PredictionError as error:
         return replace(reply, stop_reason="error", error=str(error))

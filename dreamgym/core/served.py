@@ -23,16 +23,16 @@ from pydantic import SecretStr
 from .config import ReasoningModelConfig, is_here, project_path
 from .errors import ConfigError, PredictionError, unknown_name
 from .ledger import Ledger, ReplyCache, request_key, reserve, settle
-from .llm import LLMError, Reply, Request, read_structured
+from .llm import LLMError, Reply, Request, clean_text, read_structured
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['log', 'T', 'DIALECTS', 'Dialect', 'openai_body', 'openai_reply', 'clean_text', 'anthropic_body', 'anthropic_reply',
-           'Server', 'request_body', 'secure', 'find_key', 'redact', 'Failure', 'check_status', 'read_body',
-           'read_answer', 'pause', 'EventLoopThread', 'Caller', 'call', 'refuses_schema', 'fitted', 'Batch', 'answer',
-           'answer_all', 'ServedClient', 'connect', 'disconnect', 'ask', 'complete_cached', 'served_client']
+__all__ = ['log', 'T', 'DIALECTS', 'Dialect', 'openai_body', 'openai_reply', 'anthropic_body', 'anthropic_reply', 'Server',
+           'request_body', 'secure', 'find_key', 'redact', 'Failure', 'check_status', 'read_body', 'read_answer',
+           'pause', 'EventLoopThread', 'Caller', 'call', 'refuses_schema', 'fitted', 'Batch', 'answer', 'answer_all',
+           'ServedClient', 'connect', 'disconnect', 'ask', 'complete_cached', 'served_client']
 
 # %% ../../nbs/core/04b_served.ipynb #68de250c
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,6 @@ def openai_reply(answer: Any) -> Reply:
     refused = "refused" if choice["message"].get("refusal") else "stop"
     prompt, written = (max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens"))
     return Reply(clean_text(text), reasons.get(choice.get("finish_reason"), refused), prompt, written)
-
-# %% ../../nbs/core/04b_served.ipynb #cbd6f023
-def clean_text(
-    text: str,
-) -> str:  # writable as UTF-8
-    """Raises TypeError for what is no text."""
-    if not isinstance(text, str):
-        raise TypeError(f"expected text, got {type(text).__name__}")
-    return text.encode("utf-8", "replace").decode()
 
 # %% ../../nbs/core/04b_served.ipynb #639aabfa
 def anthropic_body(
@@ -189,8 +180,9 @@ def redact(
     text: str,
     key: SecretStr | None,
 ) -> str:
-    """The text without the key."""
-    return text.replace(key.get_secret_value(), "[key]") if key else text
+    """The text without the key; one of fewer than eight letters is a placeholder, perhaps a word of many replies."""
+    secret = key.get_secret_value() if key else ""
+    return text.replace(secret, "[key]") if len(secret) >= 8 else text
 
 # %% ../../nbs/core/04b_served.ipynb #f9d1ca77
 class Failure(LLMError):

@@ -213,7 +213,9 @@ def had_effect(
     e: Experience,
     mapper: StateMapper,
 ) -> bool:
-    """Whether a step says that its action had an effect."""
+    """Whether a step says that its action had an effect; a mapper with several ways to say so has a method `failed`."""
+    if failed := getattr(mapper, "failed", None):
+        return not failed(e)
     return e.next_state != mapper.merge(e.state, f"fail {e.action}")
 
 # %% ../../nbs/environments/10_base_env.ipynb #8b54d460

@@ -29,9 +29,9 @@ from .base_env import StateMapper
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'INSTALL', 'PROGRAMS', 'find_chromium', 'require_browsergym', 'BrowserSettings', 'start_worker', 'read_some',
-           'BrowserProcess', 'BrowserPool', 'open_pool', 'WebSlot', 'WebPlay', 'read_answer', 'started', 'played',
-           'WebEnv']
+__all__ = ['logger', 'INSTALL', 'PROGRAMS', 'find_chromium', 'require_browsergym', 'BrowserSettings', 'no_proxy', 'start_worker',
+           'read_some', 'BrowserProcess', 'BrowserPool', 'open_pool', 'WebSlot', 'WebPlay', 'read_answer', 'started',
+           'played', 'WebEnv']
 
 # %% ../../nbs/environments/15d_browser.ipynb #c4ac3aef
 INSTALL = "apt-get install chromium-headless-shell (or chromium), or: playwright install chromium"
@@ -80,13 +80,19 @@ class BrowserSettings:
     step_seconds: float = 20.0  # longest wait for an action
 
 
+def no_proxy() -> str:
+    """What is asked without a proxy: this machine, and what the user names."""
+    named = [os.environ.get("NO_PROXY", ""), os.environ.get("no_proxy", "")]
+    return ",".join(dict.fromkeys(filter(None, [*named, "127.0.0.1,localhost"])))
+
+
 def start_worker(settings: BrowserSettings) -> subprocess.Popen[bytes]:
     """A worker process; it leads a process group."""
     import dreamgym
 
     root = str(Path(dreamgym.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    quiet = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "NO_PROXY": "127.0.0.1,localhost"}
+    quiet = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "NO_PROXY": no_proxy(), "no_proxy": no_proxy()}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     command = [settings.python, "-m", "dreamgym.environments.browser_worker", settings.chromium]
     return subprocess.Popen(command, env=os.environ | quiet, start_new_session=True, **pipes)
@@ -223,6 +229,7 @@ def read_answer(
         answer = {"failed": str(error)}
     if "failed" in answer:
         slot.done = True
+        slot.worker.kill()  # its Chromium may be what failed, and nobody else would notice
         logger.warning("a web episode was aborted: %s", answer["failed"])
     return answer
 

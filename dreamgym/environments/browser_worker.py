@@ -289,9 +289,9 @@ class WorkerEpisodes:
 
     def close(self) -> None:
         """Ends the episode, if there is one."""
-        if self.env is not None:
-            self.env.close()
-        self.env = None
+        env, self.env = self.env, None
+        if env is not None:
+            env.close()
 
     def _answer(self, reward: float, terminated: bool, error: str) -> dict[str, Any]:
         problem = f"error: {' '.join(error.split())[:300]}\n" if error else ""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..core.data_structures import StepResult, Task
+from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import EnvironmentFailure, MissingExtra
 from ..core.llm import LLMClient, LLMError, Request, object_schema
 from .base_env import StateMapper
@@ -20,9 +20,9 @@ from .tool_calls import CallError, Tool, as_text, briefing, read_call, run_call
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'Said', 'JUDGE', 'STOPS', 'GREETING', 'GUIDELINES', 'ENDS', 'ERROR', 'NOBODY', 'Service', 'total_reward',
-           'communicated', 'is_call', 'judged', 'customer_request', 'stops', 'Session', 'listen', 'open_session',
-           'first_result', 'turn_result', 'Sessions', 'ServiceEnv', 'ConversationMapper']
+__all__ = ['log', 'Said', 'JUDGE', 'STOPS', 'GREETING', 'GUIDELINES', 'ENDS', 'ERROR', 'MAX_ERRORS', 'NOBODY', 'Service',
+           'total_reward', 'communicated', 'is_call', 'judged', 'customer_request', 'stops', 'Session', 'listen',
+           'open_session', 'first_result', 'refusals', 'turn_result', 'Sessions', 'ServiceEnv', 'ConversationMapper']
 
 # %% ../../nbs/environments/14d_service_session.ipynb #795ab612
 Said = Sequence[tuple[str, str]]  # ('agent' | 'user' | 'tool', text), in order
@@ -36,6 +36,7 @@ class Service(Protocol):
     scenario: str  # the customer's side, for a simulated user
     tools: dict[str, Tool]
     plain_ends: bool  # words to nobody end a solo episode with nothing, as upstream
+    max_errors: int | None  # refused calls that end a conversation with nothing; None: no limit
 
     def reward(self, said: Said, stopped: bool) -> tuple[float, dict[str, float]]:
         """The reward at the end, and its parts by name; `stopped`: agent or user ended it, not the turn limit."""
@@ -128,6 +129,7 @@ def stops(text: str) -> bool:
 
 # %% ../../nbs/environments/14d_service_session.ipynb #2a0269c3
 ENDS, ERROR = "done", "Error: "
+MAX_ERRORS = 10  # of official services, as upstream
 NOBODY = "there is nobody to talk to; call a tool, or done when the ticket is solved"
 
 # %% ../../nbs/environments/14d_service_session.ipynb #548d09fe
@@ -224,6 +226,11 @@ def first_result(
     return StepResult(session.state, observation, admissible_actions=offered)
 
 # %% ../../nbs/environments/14d_service_session.ipynb #7b337ec3
+def refusals(said: Said) -> int:
+    """How many of the agent's actions were refused."""
+    return sum(who == "tool" and text.startswith(ERROR) for who, text in said)
+
+
 def turn_result(
     session: Session,
     action: str,
@@ -236,7 +243,8 @@ def turn_result(
         if isinstance(answer, EnvironmentFailure):
             raise answer
         session.state = mapper.update(session.state, action, answer) if mapper else answer
-        terminated, late = session.ended, session.turn >= max_turns and not session.ended
+        terminated = session.ended or refusals(session.said) == session.service.max_errors
+        late = session.turn >= max_turns and not terminated
         done = terminated or late
         reward, parts = session.service.reward(session.said, session.stopped) if done else (0.0, {})
     except LLMError:
@@ -329,6 +337,10 @@ class ConversationMapper:
         if delta.startswith("fail "):
             return self.update(state, delta[5:], "Error")
         return f"{state}\n{delta}"
+
+    def failed(self, e: Experience) -> bool:
+        """Whether the last answer is an error."""
+        return e.next_state.rpartition("\n")[2].startswith("= Error")
 
     def facts(self, state: str) -> frozenset[str]:
         """Every line is a fact."""

@@ -17,7 +17,7 @@ from typing import Any
 from ..core.data_structures import Task
 from ..core.errors import ConfigError, DataError, EnvironmentFailure, MissingExtra, unknown_name
 from ..core.llm import LLMClient
-from .service_session import ENDS, Said, communicated, judged, total_reward
+from .service_session import ENDS, MAX_ERRORS, Said, communicated, judged, total_reward
 from .tool_calls import CallError, Tool, ToolCall, read_call, run_call, text_tool, write_call
 
 # %% auto #0
@@ -226,7 +226,7 @@ def required_actions(
 class Tau2Service:
     """One official task; a `Service`."""
 
-    plain_ends = True  # as upstream: words to nobody end a solo episode with nothing
+    plain_ends, max_errors = True, MAX_ERRORS  # as upstream
 
     def __init__(
         self,

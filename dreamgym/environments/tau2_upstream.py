@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.data_structures import Task
 from ..core.errors import EnvironmentFailure, MissingExtra
-from .service_session import ENDS, ERROR, GUIDELINES, Said
+from .service_session import ENDS, ERROR, GUIDELINES, MAX_ERRORS, Said
 from .tau2_domains import scenario_text, split_names
 from .tool_calls import CallError, Tool, read_call, text_tool, write_call
 
@@ -69,7 +69,7 @@ def upstream_tasks(
 class UpstreamService:
     """One task of tau2-bench; a `Service`."""
 
-    plain_ends = True
+    plain_ends, max_errors = True, MAX_ERRORS
 
     def __init__(self, domain: str, task: Task):
         self.domain, self.record = domain, upstream_records(domain)[task.metadata["tau2_id"]]
@@ -87,11 +87,14 @@ class UpstreamService:
 
     def _tool(self, name: str, schema: Mapping[str, Any]) -> Tool:
         def run(**arguments: Any) -> str:
-            answer = self.env.make_tool_call(tool_name=name, requestor="assistant", **arguments)
-            self.env.sync_tools()
+            try:
+                answer = self.env.make_tool_call(tool_name=name, requestor="assistant", **arguments)
+                self.env.sync_tools()
+            except Exception as error:
+                raise CallError(str(error)) from error  # upstream's words, which its evaluator expects to hear again
             return self.env.to_json_str(answer)
 
-        return Tool(name, schema.get("description", ""), schema["parameters"], run)
+        return Tool(name, schema.get("description", ""), schema["parameters"], run, checked=False)
 
     def reward(self, said: Said, stopped: bool) -> tuple[float, dict[str, float]]:
         """Upstream's reward."""

@@ -30,6 +30,7 @@ class DeskService:
     """One conversation with the embedded desk; a `Service`."""
 
     plain_ends = False
+    max_errors: int | None = None
 
     def __init__(self, task: Task, solo: bool = True):
         self.task, self.desk = task, open_desk(task)

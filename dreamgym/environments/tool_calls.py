@@ -67,6 +67,7 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]  # JSON schema of the arguments
     run: Callable[..., Any]  # called with the arguments by name
+    checked: bool = True  # the arguments are held against the schema first
 
     def schema(self) -> dict[str, Any]:
         """As chat completions list tools."""
@@ -112,7 +113,8 @@ def run_call(
     if call.name not in tools:
         raise CallError(f"no tool {call.name!r}; the tools are {', '.join(tools)}")
     tool = tools[call.name]
-    wrong = best_match(Draft202012Validator(tool.parameters).iter_errors(dict(call.arguments)))
+    errors = Draft202012Validator(tool.parameters).iter_errors(dict(call.arguments)) if tool.checked else ()
+    wrong = best_match(errors)
     if wrong is not None:
         raise CallError(f"{call.name}: {wrong.json_path.removeprefix('$').lstrip('.') or 'arguments'}: {wrong.message}")
     try:

@@ -113,10 +113,12 @@ def own_action(
     tree: str,  # the page that it was meant for
 ) -> str:  # 'click 3'; as it was if it names no line
     """BrowserGym's ids become line numbers."""
+    said = read_command(action)
+    if said.verb == "answer":
+        return f"answer {said.value}"
     match = re.match(r"(\w+)\(\s*(['\"])(\w+)\2", action.strip())
     if not match:
-        command = read_command(action)
-        return f"answer {command.value}" if command.verb == "answer" else action.strip()
+        return action.strip()
     numbers = {element.bid: i for i, element in enumerate(read_page(tree).elements, 1)}
     command = read_command(f"{match[1]}('{numbers.get(match[3], 0)}'{action.strip()[match.end():]}")
     value = f" {command.value}" if command.value else ""

@@ -42,7 +42,7 @@ class Element:
     role: str  # 'link', …, or 'text'
     name: str
     value: str = ""  # text in a field, the chosen option, 'on'
-    options: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)  # as the state writes them -> as the page does
     bid: str = ""  # BrowserGym's id; of the nearest element around for a text
 
     def text(self) -> str:
@@ -125,14 +125,14 @@ def read_element(
 ) -> Element | None:  # None: no line; `inside` itself: a part of it
     """The line that a node makes."""
     if node.role == "option" and inside and inside.role in LISTS:
-        inside.options.append(fold(node.name).replace(" ", "_"))
+        inside.options.setdefault(fold(node.name).replace(" ", "_"), " ".join(node.name.split()))
         return inside
     if inside:
         return inside
     if node.role in CONTROLS:
         checked = re.search(r"checked='?(true|True|mixed)", node.more)
         value = "on" if checked and node.role in SWITCHES else node.value
-        return Element(node.role, node.name, value, [], node.bid)
+        return Element(node.role, node.name, value, {}, node.bid)
     spoken = node.role in (
         "StaticText",
         "heading",
@@ -215,7 +215,7 @@ def apply_change(
             parsed.page = line[4:].removeprefix(":").strip()
         elif line.startswith("size ") and line[5:].isdigit() and int(line[5:]) <= len(parsed.lines):
             parsed.lines = parsed.lines[: int(line[5:])]
-        elif (match := _LINE.match(line)) and int(match[1]) <= len(parsed.lines) + 1:
+        elif (match := _LINE.match(line)) and 0 < int(match[1]) <= len(parsed.lines) + 1:
             number = int(match[1])
             parsed.lines[number - 1 : number] = [f"{match[2]}: {match[3]}".rstrip()]
         else:
@@ -340,7 +340,9 @@ def browser_call(
         return "", f"element [{command.number}] is a {element.role}; {call} needs one of {', '.join(fits)}"
     if command.verb == "choose" and element.options and command.value not in element.options:
         return "", f"element [{command.number}] has no option {command.value!r}"
-    value = command.value.replace("_", " ") if command.verb == "choose" else command.value
+    value = command.value
+    if command.verb == "choose":
+        value = element.options.get(value, value.replace("_", " "))
     return f"{call}({element.bid!r}{f', {value!r}' if value or command.verb == 'fill' else ''})", ""
 
 # %% ../../nbs/environments/15b_web_state.ipynb #e9140cb8

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +17,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
-from ..core.data_structures import Task
+from ..core.config import is_here
+from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError, EnvironmentFailure, MissingExtra, unknown_name
 from .base_env import Environment, TranscriptMapper
 from .browser import WebEnv, WebPlay, open_pool
-from .site_tasks import feasible, site_tasks, vary, webarena_config
+from .site_tasks import FIRST_WORLD, feasible, site_tasks, vary, webarena_config
 from .sites import SITES
 from .web_rules import expert_action, is_determined, reasoning_trace, violations
 from .web_state import WebMapper
@@ -30,7 +32,7 @@ from .web_state import WebMapper
 # %% auto #0
 __all__ = ['OFFICIAL', 'OFFICIAL_SITES', 'TURNS', 'site_addresses', 'site_problem', 'readiness', 'official_python',
            'official_configs', 'official_tasks', 'official_task', 'worker_request', 'expert', 'chosen_benchmark',
-           'build', 'web_environment']
+           'build', 'PageMapper', 'web_environment']
 
 # %% ../../nbs/environments/15f_webarena.ipynb #e1138efa
 OFFICIAL: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -58,7 +60,8 @@ def site_problem(
     if not url:
         return "no address"
     try:
-        with urlopen(url, timeout=seconds) as answer:  # noqa: S310 (an address that the user names)
+        ask = build_opener(*([ProxyHandler({})] if is_here(url) else []))  # no proxy to this machine
+        with ask.open(url, timeout=seconds) as answer:  # an address that the user names
             return "" if answer.status < 400 else f"HTTP {answer.status}"
     except HTTPError as error:
         return "" if error.code in (401, 403) else f"HTTP {error.code}"
@@ -101,6 +104,8 @@ def official_tasks(
     split: str = "unseen",
 ) -> list[Task]:
     """Tasks whose sites answer. Raises EnvironmentFailure, with each site's problem, if there are none."""
+    if split not in FIRST_WORLD:
+        raise ConfigError(unknown_name("split", split, FIRST_WORLD))
     configs = official_configs(benchmark)
     report = readiness(configs, site_addresses())
     if not report["ready"]:
@@ -169,6 +174,14 @@ def build(
     known = built.info | {"sites": list(SITES), "data": "generated"} if built.info else {}
     return replace(built, expert=expert, vary=vary, feasible=feasible, info=known, **rules)
 
+# %% ../../nbs/environments/15f_webarena.ipynb #bb9fcb31
+class PageMapper(TranscriptMapper):
+    """Raw pages as the state."""
+
+    def failed(self, e: Experience) -> bool:
+        """Whether the last page comes with an error of the browser."""
+        return re.search(r" = url: \S+ error: ", e.next_state.rpartition("\n")[2]) is not None
+
 # %% ../../nbs/environments/15f_webarena.ipynb #ced62500
 def web_environment(
     config: Any,  # EnvironmentConfig
@@ -178,7 +191,7 @@ def web_environment(
     python: str = sys.executable,  # of the workers
 ) -> Environment:
     """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps."""
-    pool, mapper = open_pool(config.browser, python), WebMapper() if config.mapper else TranscriptMapper()
+    pool, mapper = open_pool(config.browser, python), (WebMapper() if config.mapper else PageMapper())
     limit, most = config.max_episode_steps or turns, config.browsers
     play = WebPlay(pool, worker_request, mapper, limit)
 

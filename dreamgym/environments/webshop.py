@@ -10,12 +10,12 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..core.data_structures import Task
+from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError, DataError, unknown_name
 from .alfworld import TaskList
 from .base_env import Environment, GymnasiumBatchEnv, StateMapper, TranscriptMapper
 from .webshop_catalogue import feasible_goals, generated_shop, goal_of, shop_tasks, vary_goal
-from .webshop_pages import ShopEngine, clickables, open_shop
+from .webshop_pages import ShopEngine, clickables, clicked, open_shop, read_action
 from .webshop_products import ShopFiles, ShopGoal, read_shop
 from .webshop_reward import alike, basic_color, plain_nouns, spacy_nouns
 from .webshop_rules import is_determined, read_wish, shop_reasoning, shop_violations, shopper
@@ -23,8 +23,8 @@ from .webshop_state import ShopMapper, plain, read_state, request_words, searche
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',
-           'official_engines', 'generated_engine', 'build', 'rules_of_shops', 'generated_parts', 'official_parts',
-           'with_first_states']
+           'official_engines', 'generated_engine', 'PageMapper', 'build', 'rules_of_shops', 'generated_parts',
+           'official_parts', 'with_first_states']
 
 # %% ../../nbs/environments/13g_webshop.ipynb #441c6fb8
 TURNS = 15  # [paper]
@@ -182,6 +182,17 @@ def generated_engine(task: Task) -> ShopEngine:
     """A fresh engine for a task of a generated shop."""
     return ShopEngine(generated_shop(task.metadata["shop_seed"], task.metadata["size"]), goal_of(task))
 
+# %% ../../nbs/environments/13g_webshop.ipynb #839da049
+class PageMapper(TranscriptMapper):
+    """Raw pages as the state."""
+
+    def failed(self, e: Experience) -> bool:
+        """Whether a page stayed because the action names nothing on it; a chosen option does not show on it either."""
+        (verb, name), before, after = read_action(e.action), *(s.rpartition("\n")[2] for s in (e.state, e.next_state))
+        same = before.endswith(after.removeprefix(f"{' '.join(e.action.split())} = "))
+        parts = [part.strip().lower() for part in before.split("[SEP]")]
+        return same and (not name or (verb == "click" and clicked(name, parts) is None))
+
 # %% ../../nbs/environments/13g_webshop.ipynb #cac11c01
 def build(
     config: Any = None,  # EnvironmentConfig; None: its defaults
@@ -195,7 +206,7 @@ def build(
     max_turns = config.max_episode_steps or TURNS
     parts = official_parts(config) if found else generated_parts(config)
     own = parts.pop("mapper")
-    mapper: StateMapper = own if config.mapper else TranscriptMapper()
+    mapper: StateMapper = own if config.mapper else PageMapper()
     engine_of, tell = parts.pop("engine_of"), parts.pop("titles_tell")
     parts |= rules_of_shops(tell) if config.mapper else {}
     if config.mapper and "feasible" in parts:

@@ -391,6 +391,8 @@ def accept(
     verdicts = known.feasible(wishes) if known.feasible and wishes else [True] * len(wishes)
     pairs = zip(wishes, verdicts, strict=True)
     new = [verdict if isinstance(verdict, Task) else wish for wish, verdict in pairs if verdict]
+    if any(task.initial_state is not None for task in known.tasks()):  # dreams need one
+        new = [task for task in new if task.initial_state is not None]
     known.counts["infeasible"] += len(wishes) - len(new)
     known.counts["accepted"] += len(new)
     known.generated |= {task.id: task for task in new}

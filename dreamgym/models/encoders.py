@@ -10,12 +10,12 @@ import re
 import time
 from collections.abc import Sequence
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx2
 import numpy as np
 
-from ..core.config import BufferConfig
+from ..core.config import BufferConfig, is_here
 from ..core.errors import ConfigError, DataError, MissingExtra
 from ..core.served import Failure, Server, check_status, find_key, pause, redact
 
@@ -180,8 +180,12 @@ def post_embeddings(
     server, key = encoder.server, encoder.key
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     body = {"model": server.model, "input": list(texts)}
+    how: dict[str, Any] = {
+        "timeout": server.timeout,
+        "trust_env": not is_here(server.address),
+    }  # no proxy to this machine
     try:
-        answer = httpx2.post(f"{server.address}/embeddings", json=body, headers=headers, timeout=server.timeout)
+        answer = httpx2.post(f"{server.address}/embeddings", json=body, headers=headers, **how)
     except httpx2.HTTPError as error:
         raise Failure("dropped", f"{type(error).__name__}: {error}") from None
     check_status(answer.status_code, redact(answer.text, key), answer.headers.get("retry-after", ""))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..core.config import ExperienceTraining
 from ..core.data_structures import Experience, Task
 from ..core.errors import DataError
 from ..core.language_model import LanguageModel, PromptEncoder, make_rows, trunk
@@ -24,7 +25,7 @@ from .replay_buffer import read_rows
 
 # %% auto #0
 __all__ = ['training_queries', 'encode_examples', 'split_experiences', 'endless_batches', 'learning_rate', 'balanced_rows',
-           'transition_kinds', 'verb_of', 'example_loss', 'adamw', 'train_on_examples', 'losses_by_task',
+           'transition_kinds', 'verb_of', 'drawn_rows', 'example_loss', 'adamw', 'train_on_examples', 'losses_by_task',
            'best_predicted']
 
 # %% ../../nbs/models/23_experience_sft.ipynb #0d7cf0e1
@@ -150,6 +151,18 @@ def verb_of(
     found = _VERB.match(action)
     return (found[1] or found[2]) if found else ""
 
+# %% ../../nbs/models/23_experience_sft.ipynb #d8bee930
+def drawn_rows(
+    experiences: Sequence[Experience],
+    mapper: StateMapper,
+    section: ExperienceTraining,
+    seed: int = 0,
+) -> tuple[list[bool], list[int]]:  # which rows show no demonstrations; indices of the rows of a training
+    """Rows as the section's `demo_dropout` and `balance` say, `batch_size` for each of its `train_steps`."""
+    random = torch.Generator().manual_seed(seed)
+    bare = (torch.rand(len(experiences), generator=random) < section.demo_dropout).tolist()
+    return bare, balanced_rows(experiences, mapper, section.balance, section.train_steps * section.batch_size, seed)
+
 # %% ../../nbs/models/23_experience_sft.ipynb #dcf7b299
 def example_loss(
     model: Any,  # causal language model
@@ -232,10 +245,11 @@ def best_predicted(
     share: float,  # of tasks that stay, at least one
     model: Any,  # ReasoningExperienceModel with weights in this process
 ) -> list[Task]:  # in their order
-    """The tasks whose steps in the buffer are predicted best; steps of the policy itself where there are any."""
+    """The tasks whose steps in the buffer are predicted best; those of the policy itself where a task has some."""
     rows = [e for _, e in read_rows(model.buffer.db, "evicted_at IS NULL")]
-    own = [e for e in rows if e.policy == "cloned"]
-    losses = losses_by_task(own or rows, model, model.client.language_model)
+    own = {e.task_id for e in rows if e.policy == "cloned"}
+    rows = [e for e in rows if e.policy == "cloned" or e.task_id not in own]
+    losses = losses_by_task(rows, model, model.client.language_model)
     best = sorted((task.id for task in tasks if task.id in losses), key=losses.__getitem__)
     kept = set(best[: max(1, round(share * len(tasks)))])
     return [task for task in tasks if task.id in kept]

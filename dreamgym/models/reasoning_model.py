@@ -134,7 +134,8 @@ def parse_target(
     whole: bool = False,  # it holds the whole next state
 ) -> tuple[str, str, float, bool]:  # reasoning, next state, reward, terminated
     """Reads a prediction. Raises PredictionError saying what is wrong with it."""
-    lines = text.strip().split("\n")
+    # Chat templates such as Qwen3's put an empty thought before what a model was trained to answer.
+    lines = text.rpartition("</think>")[2].strip().split("\n")
     thought = lines.pop(0) if reasoning else ""
     if whole:
         lines[:-1] = [change_of("\n".join(lines[:-1]), state, action, mapper)]

@@ -76,11 +76,10 @@ def dreams_of_success(
     loop: ArmLoop,
     tasks: Sequence[Task],
 ) -> list[bool]:  # whether the policy solved the task in a dream
-    """Plays each task `curriculum.trials` times in the dream."""
-    trials = loop.config.curriculum.trials
-    dreams = collect(loop, "dream", [task for task in tasks for _ in range(trials)], part=1)
-    won = [bool(dream.success) for dream in dreams]
-    return [any(won[i : i + trials]) for i in range(0, len(won), trials)]
+    """Plays each task `curriculum.trials` times in the dream, if it has a first state."""
+    trials = [task for task in tasks if task.initial_state is not None for _ in range(loop.config.curriculum.trials)]
+    won = {dream.task.id for dream in collect(loop, "dream", trials, part=1) if dream.success} if trials else set()
+    return [task.id in won for task in tasks]
 
 # %% ../../nbs/training/36b_arms.ipynb #4e5c1731
 def start_arm_loop(
@@ -333,7 +332,8 @@ def update_policy(
     if not usable:
         metrics: dict[str, float] = {"policy/updates": 0}
     elif rl.algorithm == "rft":
-        metrics = rft_update(bare(loop.policy), loop.optimizer, usable, rl.epochs, rl.minibatch, seed)
+        how = rl.epochs, rl.minibatch, seed, rl.max_grad_norm
+        metrics = rft_update(bare(loop.policy), loop.optimizer, usable, *how)
     else:
         learn = learn_ppo if rl.algorithm == "ppo" else learn_in_groups
         metrics = scale.over_ranks(learn(loop, share_of(usable, loop.accelerator)), loop.accelerator)
@@ -388,18 +388,20 @@ def validate(
 ) -> None:
     """Success on real validation games; without any, the last iteration counts as the best."""
     training, section = loop.config.training, loop.config.policy_model
-    if not training.validation_episodes:
+    tasks = loop.ready.env.tasks("valid")[: training.validation_episodes] if training.validation_episodes else []
+    if not tasks:
         loop.best = {"iteration": loop.iteration, "success": -1.0}
         return
 
     def play() -> dict[str, Any]:
-        tasks = loop.ready.env.tasks("valid")[: training.validation_episodes]
         temperature = training.validation_temperature
         return evaluate_policy(loop.player, loop.ready.env, tasks, temperature, section=section).row()
 
     found = from_main(play, loop.accelerator)
     row |= {f"eval/{key}": found[key] for key in ("success", "n", "transitions", "invalid_actions")}
-    if found["n"] and found["success"] > loop.best["success"]:
+    if not found["n"]:
+        log.warning("all %s validation games were aborted; the best iteration is not known", len(tasks))
+    if found["success"] > loop.best["success"] if found["n"] else loop.best["success"] < 0:
         loop.best = {"iteration": loop.iteration, "success": found["success"]}
 
 # %% ../../nbs/training/36b_arms.ipynb #bad125bf

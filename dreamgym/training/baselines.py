@@ -65,12 +65,13 @@ def supervised_step(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_grad_norm: float = 1.0,
 ) -> float:  # nats per token
     """One step of maximum likelihood on (prompt, response) rows. A loss that is not finite changes nothing."""
     loss = example_loss(policy.model, [(list(p), list(r)) for p, r in examples])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), max_grad_norm)
     if torch.isfinite(norm):
         optimizer.step()
     return loss.item()
@@ -140,6 +141,7 @@ def rft_update(
     epochs: int = 2,
     minibatch: int = 256,  # turns per optimiser step
     seed: int = 0,
+    max_grad_norm: float = 1.0,
 ) -> dict[str, float]:  # metrics, keys 'policy/…'
     """Fine-tunes on own successes. Without any, the policy stays as it is."""
     turns = [turn for t in trajectories if t.success and t.aborted is None for turn in t.turns if turn.valid]
@@ -148,5 +150,6 @@ def rft_update(
         return {"policy/updates": 0, "policy/rows": 0}
     batches = endless_batches([len(p) + len(r) for p, r in examples], minibatch, seed)
     steps = epochs * -(-len(examples) // minibatch)
-    losses = [supervised_step(policy, optimizer, [examples[i] for i in next(batches)]) for _ in range(steps)]
+    drawn = ([examples[i] for i in next(batches)] for _ in range(steps))
+    losses = [supervised_step(policy, optimizer, part, max_grad_norm) for part in drawn]
     return {"policy/loss": sum(losses) / len(losses), "policy/updates": steps, "policy/rows": len(examples)}

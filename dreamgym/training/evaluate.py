@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..core.config import load_config
-from ..core.errors import DreamGymError
+from ..core.config import Config, load_config, read_tree
+from ..core.errors import ConfigError, DreamGymError
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'EvaluateArguments', 'evaluate', 'main']
+__all__ = ['log', 'EvaluateArguments', 'settings', 'evaluate', 'main']
 
 # %% ../../nbs/training/39_evaluate.ipynb #8c71bc54
 @dataclass(frozen=True)
@@ -43,6 +44,22 @@ class EvaluateArguments:
     set: tuple[str, ...] = field(default=())
     """More settings, such as environment.size=full."""
 
+# %% ../../nbs/training/39_evaluate.ipynb #981410ce
+def settings(
+    arguments: EvaluateArguments,
+    facts: Mapping[str, Any],  # a checkpoint's manifest
+) -> Config:
+    """Defaults < checkpoint < file < `set`; the checkpoint's world counts only in the environment that it is of."""
+    named = load_config(arguments.config).environment.name if arguments.config else ""
+    asked = read_tree(arguments.config) if arguments.config else {}
+    world = dict(facts.get("world", {}))
+    trained_in = world.pop("name", "")
+    env = arguments.env or trained_in or named or "alfworld"
+    known = {"policy_model": facts.get("limits", {}), "environment": world if trained_in == env else {}}
+    told = [(section, key, value) for section, values in known.items() for key, value in values.items()]
+    kept = [f"{s}.{key}={json.dumps(value)}" for s, key, value in told if key not in asked.get(s, {})]
+    return load_config(arguments.config, env, None, [*kept, *arguments.set])
+
 # %% ../../nbs/training/39_evaluate.ipynb #68bd0c6d
 def evaluate(
     arguments: EvaluateArguments,
@@ -54,16 +71,13 @@ def evaluate(
     from dreamgym.training.play import evaluate_policy
     from dreamgym.utils.tracking import write_json
 
-    policy, facts = load_policy(arguments.checkpoint), read_manifest(arguments.checkpoint)
-    trained = [f"policy_model.{key}={value}" for key, value in facts.get("limits", {}).items()]
-    world, named = facts.get("world", {}), load_config(arguments.config).environment.name if arguments.config else ""
-    env_name = arguments.env or world.get("name") or named or "alfworld"
-    if world.get("name") == env_name:  # elsewhere its sizes mean nothing
-        trained += [f"environment.{key}={json.dumps(value)}" for key, value in world.items() if key != "name"]
-    config = load_config(arguments.config, env_name, None, [*trained, *arguments.set])
+    policy = load_policy(arguments.checkpoint)
+    config = settings(arguments, read_manifest(arguments.checkpoint))
     env = make_environment(config.environment.name, config.environment)
     split = arguments.split or config.environment.eval_split
     tasks = env.tasks(split)[: arguments.num_episodes or config.training.eval_episodes]
+    if not tasks:
+        raise ConfigError(f"{env.name} has no games in the split {split!r}; choose another one")
     temperature = config.training.eval_temperature if arguments.temperature is None else arguments.temperature
     found = evaluate_policy(policy, env, tasks, temperature, arguments.seed, progress, config.policy_model)
     origin = {"environment": env.name, "split": split, "info": env.info, "checkpoint": arguments.checkpoint}

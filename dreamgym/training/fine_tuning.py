@@ -21,27 +21,28 @@ from ..core.language_model import LanguageModel, load_language_model, spelt_out
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import experiences_of
-from ..models.experience_sft import encode_examples, train_on_examples, training_queries
+from ..models.experience_sft import drawn_rows, encode_examples, train_on_examples, training_queries
 from ..models.instructions import instructions
 from ..models.reasoning_model import ExperiencePrompts, ReasoningExperienceModel, render_target
 from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
 from .trl_baselines import lent_to_trl, run_trainer, trainer_settings
 
 # %% auto #0
-__all__ = ['conversation_rows', 'pays_to_pack', 'lora_settings', 'fine_tune', 'old_episodes', 'Refreshed', 'refresh',
-           'train_again', 'copy_store', 'own_copy', 'refresh_by']
+__all__ = ['conversation_rows', 'pays_to_pack', 'lora_settings', 'sft_options', 'fine_tune', 'old_episodes', 'Refreshed',
+           'refresh', 'train_again', 'copy_store', 'own_copy', 'refresh_by']
 
 # %% ../../nbs/training/35f_fine_tuning.ipynb #0b6a66a5
 def conversation_rows(
     experiences: Sequence[Experience],  # whole episodes, in order within each
     model: ExperiencePrompts,  # its prompt, retrieval and mapper
     tokenizer: Any,
+    without_demos: Sequence[bool] = (),  # rows whose prompt shows no demonstration
     batch: int = 256,  # queries per retrieval
 ) -> list[dict[str, list[dict[str, str]]]]:  # 'prompt' and 'completion', each a list of messages
     """Prompt/completion rows of `SFTTrainer`."""
     queries, prompts = training_queries(experiences, model.config.history), list[str]()
     for start in range(0, len(queries), batch):
-        prompts += model.prompts(queries[start : start + batch])
+        prompts += model.prompts(queries[start : start + batch], without_demos[start : start + batch])
     control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
     told = instructions(model.config.reasoning) if model.config.instructed else ""
     system = [{"role": "system", "content": told}] if told else []
@@ -68,6 +69,18 @@ def lora_settings(rank: int) -> Any:  # peft.LoraConfig; None: all weights train
 
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
+# %% ../../nbs/training/35f_fine_tuning.ipynb #400fb210
+def sft_options(
+    section: ReasoningModelConfig,
+    model: Any,  # transformers
+    seed: int,
+) -> dict[str, Any]:
+    """The section in the words of `SFTConfig`."""
+    asked: dict[str, Any] = {"max_steps": section.train_steps, "per_device_train_batch_size": section.batch_size}
+    asked |= {"learning_rate": section.lr, "weight_decay": section.weight_decay, "seed": seed}
+    asked |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": section.lr_end}}
+    return asked | {"completion_only_loss": True, "padding_free": pays_to_pack(model), "max_length": None}
+
 # %% ../../nbs/training/35f_fine_tuning.ipynb #17dd3083
 def fine_tune(
     model: ExperiencePrompts,  # its prompt, retrieval and mapper
@@ -76,6 +89,7 @@ def fine_tune(
     section: ReasoningModelConfig,
     seed: int = 0,
     on_log: Callable[[int, dict[str, float]], None] | None = None,  # told step and metrics
+    draw: bool = True,  # rows as the section's `balance` and `demo_dropout` say; False: all, as they are
     **options: Any,  # more fields of SFTConfig
 ) -> dict[str, float]:  # TRL's closing metrics, 'train_loss' among them
     """Supervised fine-tuning of a transformers model by TRL. Raises DataError without rows."""
@@ -91,17 +105,12 @@ def fine_tune(
         if on_log:
             on_log(step, logs)
 
-    asked: dict[str, Any] = {
-        "max_steps": section.train_steps,
-        "per_device_train_batch_size": section.batch_size,
-        "seed": seed,
-    }
-    asked |= {"learning_rate": section.lr, "weight_decay": section.weight_decay, "completion_only_loss": True}
-    asked |= {"padding_free": pays_to_pack(language_model.model), "max_length": None}
+    bare, shown = drawn_rows(experiences, model.mapper, section, seed) if draw else ([], [*range(len(experiences))])
+    rows = datasets.Dataset.from_list(conversation_rows(experiences, model, language_model.tokenizer, bare))
+    place: dict[str, Any] = {"train_dataset": rows.select(shown), "processing_class": language_model.tokenizer}
     with tempfile.TemporaryDirectory() as folder, lent_to_trl(language_model.model) as lent:
-        settings = trl.SFTConfig(**trainer_settings(folder, language_model.model.device, asked | options))
-        rows = datasets.Dataset.from_list(conversation_rows(experiences, model, language_model.tokenizer))
-        place: dict[str, Any] = {"train_dataset": rows, "processing_class": language_model.tokenizer}
+        asked = sft_options(section, language_model.model, seed) | options
+        settings = trl.SFTConfig(**trainer_settings(folder, language_model.model.device, asked))
         trainer: Any = trl.SFTTrainer(lent, settings, peft_config=lora_settings(section.lora_rank), **place)
         run_trainer(trainer, told)
         if section.lora_rank:
@@ -168,9 +177,9 @@ def train_again(
     section: ReasoningModelConfig,
     seed: int,
 ) -> float:  # loss, nats per target token
-    """A named model by TRL, one from scratch by our own loop; the optimiser is a new one."""
+    """A named model by TRL, one from scratch by our own loop, on the rows as they are and with a new optimiser."""
     if section.name != "scratch":
-        return fine_tune(model, language_model, rows, section, seed)["train_loss"]
+        return fine_tune(model, language_model, rows, section, seed, draw=False)["train_loss"]
     examples = encode_examples(rows, model, language_model.tokenizer)
     how = (section.train_steps, section.batch_size, section.lr, section.lr_end, section.weight_decay, seed)
     losses = train_on_examples(language_model, examples, *how)

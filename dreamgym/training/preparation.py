@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..core import language_model as lm
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, config_hash, config_keys, project_path
 from ..core.data_structures import Experience, Task
@@ -26,7 +24,7 @@ from ..environments.base_env import Environment, StateMapper
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
 from ..environments.offline_readers import read_trajectories
 from ..models.annotation import AnnotationReport, annotate
-from ..models.experience_sft import balanced_rows, encode_examples, train_on_examples
+from ..models.experience_sft import balanced_rows, drawn_rows, encode_examples, train_on_examples
 from ..models.reasoning_model import ExperiencePrompts, ReasoningExperienceModel, parse_target, render_target
 from ..models.replay_buffer import ExperienceReplayBuffer
 from ..utils.tracking import write_json
@@ -331,11 +329,8 @@ def train_experience_model(
     section = config.reasoning_model
     form = (section.reasoning, bool(section.whole_states))
     check_tokens(experiences, model.mapper, language_model.tokenizer, *form)
-    random = torch.Generator().manual_seed(config.training.seed)
-    bare = (torch.rand(len(experiences), generator=random) < section.demo_dropout).tolist()
+    bare, shown = drawn_rows(experiences, model.mapper, section, config.training.seed)
     examples = encode_examples(experiences, model, language_model.tokenizer, bare)
-    size = section.train_steps * section.batch_size
-    shown = balanced_rows(experiences, model.mapper, section.balance, size, config.training.seed)
     return train_on_examples(
         language_model,
         [examples[i] for i in shown],

@@ -115,7 +115,7 @@ def precision_of(
     cuda = device_of(section.device).startswith("cuda")
     if section.mixed_precision == "bf16" and not cuda:
         raise ConfigError("training.mixed_precision: bf16 is for CUDA, and this run is on the CPU; set it to 'auto'")
-    return "bf16" if cuda and section.mixed_precision != "no" else "no"
+    return "bf16" if cuda and section.mixed_precision != "fp32" else "no"
 
 # %% ../../nbs/training/30a_scale.ipynb #836a5adc
 def asked_for(

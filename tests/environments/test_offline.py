@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from dreamgym.core.config import EnvironmentConfig
-from dreamgym.core.data_structures import StepResult, Task, Trajectory, Turn, to_row
+from dreamgym.core.data_structures import Experience, StepResult, Task, Trajectory, Turn, to_row
 from dreamgym.core.errors import DataError, EnvironmentFailure
-from dreamgym.environments.base_env import CountingEnv, Environment, make_environment
+from dreamgym.environments.base_env import CountingEnv, Environment, had_effect, make_environment
 from dreamgym.environments.household_rules import reasoning_trace
 from dreamgym.environments.offline import (
     EXPERT,
@@ -23,6 +23,30 @@ from dreamgym.environments.offline import (
 )
 
 NOISY = Behaviour("noisy", 0.4)
+
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "taubench"])
+def test_raw_observations_tell_which_actions_had_no_effect(name):
+    """As the real environment does, so that dreams charge for the same actions."""
+    env = make_environment(name, EnvironmentConfig(name=name, data_dir="generated", mapper=False))
+    expert, rng, seen = (
+        make_environment(name, EnvironmentConfig(name=name, data_dir="generated")),
+        random.Random(0),
+        set(),
+    )
+    right = {e.action for rows in record(expert, expert.tasks("train")[:8]) for e in rows}
+    actions = [*sorted(right), "click[nothing]", "take the moon", '{"name": "fly", "arguments": {}}']
+    batch, steps = env.make(1), 0
+    for task in env.tasks("train")[:20]:
+        result = batch.reset([0], [task])[0]
+        while not result.done:
+            before, action = result.state, rng.choice(actions)
+            result = batch.step([0], [action])[0]
+            failed = not had_effect(Experience(before, action, 0.0, result.state, result.done), env.mapper)
+            assert failed == bool(result.info.get("action_error")), (action, result.state[-300:])
+            seen.add(failed)
+            steps += 1
+    assert seen == {True, False} and steps > 100
 
 
 class Counted:

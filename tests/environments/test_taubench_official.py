@@ -311,8 +311,27 @@ def test_upstream_is_used_where_its_data_are_named(upstream):
     assert result.success and result.info["reward_parts"] == {"DB": 1.0}
     kinds = [(getattr(m, "role", ""), getattr(m, "error", None)) for m in seen[-1].messages]
     assert kinds == [("assistant", None), ("tool", True), ("assistant", None), ("tool", False), ("assistant", None)]
+    assert (
+        seen[-1].messages[1].content == "Error: no such bill"
+    )  # upstream's words: its evaluator plays the calls again
     assert seen[-1].messages[-1].content == "###STOP###" and seen[-1].termination_reason == "agent_stop"
     assert all(rows[-1].success for rows in record(env, [task]))
+
+
+def test_ten_refused_calls_end_a_conversation_with_upstream(upstream):
+    seen = []
+
+    def judgement(simulation, **_):
+        seen.append(simulation.termination_reason)
+        return SimpleNamespace(reward=0.0, reward_breakdown={}, info={})
+
+    env = upstream(judgement)
+    batch, task = env.make(1), env.tasks("base")[0]
+    batch.reset([0], [task])
+    results = [batch.step([0], [write_call("pay", bill=bill)])[0] for bill in ["B2", 3, None] * 3]
+    assert not any(result.done for result in results) and {r.observation for r in results} == {"Error: no such bill"}
+    last = batch.step([0], ["not a call"])[0]
+    assert last.terminated and last.success is False and seen == ["max_steps"]
 
 
 def test_upstream_that_cannot_judge_aborts(upstream):

@@ -11,6 +11,7 @@ from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.data_structures import Task
 from dreamgym.core.errors import ConfigError, EnvironmentFailure, MissingExtra
 from dreamgym.environments import browser, webarena
+from dreamgym.environments.browser_worker import WorkerEpisodes
 from dreamgym.environments.miniwob import SOLVED
 from dreamgym.environments.site_tasks import site_tasks, vary, webarena_config, world_goals
 from dreamgym.environments.sites import HEADERS, ROUTES, SITES, SiteServer, open_database
@@ -192,8 +193,49 @@ def test_readiness_names_each_sites_problem_and_the_tasks_that_can_run(monkeypat
     assert found["ready"] == [0] and found["fuzzy"] == 1
     assert found["problems"]["gitlab"] == "HTTP 500" and found["problems"]["map"] == "no address"
     assert webarena.chosen_benchmark(None) == "webarena" and webarena.chosen_benchmark("generated") == "generated"
+    with pytest.raises(ConfigError, match="split"):
+        webarena.official_tasks("webarena", "tset")
     with pytest.raises(ConfigError, match="webarenalite"):
         webarena.chosen_benchmark("webarenalight")
+
+
+def test_a_worker_whose_browser_failed_is_never_used_again():
+    class Worker:
+        alive = True
+
+        def receive(self, seconds):
+            return {"failed": "TargetClosedError: the browser has been closed"}
+
+        def kill(self):
+            self.alive = False
+
+    slot = browser.WebSlot(Worker())
+    assert "failed" in browser.read_answer(slot, 1.0) and slot.done and not slot.worker.alive
+
+    class Dead:
+        def close(self):
+            raise RuntimeError("the browser has been closed")
+
+    episodes = WorkerEpisodes.__new__(WorkerEpisodes)
+    episodes.env = Dead()
+    with pytest.raises(RuntimeError):
+        episodes.close()
+    episodes.close()  # nothing is left that could fail again
+
+
+def test_options_are_chosen_by_the_names_that_the_page_has():
+    page = "RootWebArea 'A'\n\t[5] combobox 'branch'\n\t\t[6] option 'feature_x'\n\t\t[7] option 'my  own branch'"
+    elements = read_page(page).elements
+    assert browser_call("choose 1 feature_x", elements) == ("select_option('5', 'feature_x')", "")
+    assert browser_call("choose 1 my_own_branch", elements) == ("select_option('5', 'my own branch')", "")
+
+
+def test_proxies_are_for_others(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", ".corp")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert browser.no_proxy() == ".corp,127.0.0.1,localhost"
+    assert webarena.site_problem(SiteServer().url) == ""
 
 
 def test_names_of_solved_pages_are_whole():

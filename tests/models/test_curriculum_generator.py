@@ -276,6 +276,15 @@ def test_duplicates_ill_formed_and_infeasible_are_counted():
     assert (counts["duplicate"], counts["ill-formed"], counts["candidate"], counts["infeasible"]) == (3, 4, 1, 1)
 
 
+def test_a_task_without_a_first_state_cannot_be_dreamt():
+    told = {True: {"reasoning": "r", "selection": 1}, False: {"candidates": ["go home."]}}
+    client = Scripted(lambda p: Reply(json.dumps(told["selection" in p])))
+    hidden = replace(SEEDS[0], initial_state="<ticket>\nwords that do not name the task\n</ticket>")
+    generator = CurriculumTaskGenerator(FULL, [hidden])
+    assert [task.source for task in generator.generate_tasks(2, client)] == ["real"] * 2
+    assert generator.known.counts["infeasible"] == 1 and not generator.known.generated
+
+
 def test_random_replies_never_crash():
     rng = random.Random(3)
     pieces = [

@@ -71,6 +71,13 @@ def test_served_vectors_are_those_of_the_server(server):
     assert encoder.encode([]).shape == (0, 32)
 
 
+def test_a_server_on_this_machine_is_asked_without_a_proxy(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert ServedEncoder("m", server.url, attempts=1).encode(["mug 1"]).shape == (1, 32)
+
+
 def test_faults_of_a_server_are_repeated_then_errors(server):
     encoder, text = ServedEncoder("m", server.url, attempts=3), ["mug 1"]
     for fault in ("429", "500", "html", "few", "nan"):

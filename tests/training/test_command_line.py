@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from test_trainer import TINY
 
 from dreamgym.core.config import load_config, save_config
 from dreamgym.core.errors import ConfigError, MissingExtra
+from dreamgym.environments import base_env
 from dreamgym.training import checkpoints, evaluate, play, train, trainer
 from dreamgym.training.arm_loop import trained_on
 from dreamgym.training.checkpoints import manifest_name, prune_checkpoints
@@ -167,3 +169,12 @@ def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkey
     evaluate.evaluate(evaluate.EvaluateArguments(**more, env="alfworld", set=("environment.data_dir=generated",)))
     assert asked[0] == ("alfworld-generated", 50) and asked[1][0] == "webshop-generated"
     assert asked[2] == ("alfworld-generated", 30)  # another world's sizes mean nothing here
+    facts["world"]["name"] = "alfworld"
+    file = tmp_path / "small.yaml"
+    file.write_text("environment: {size: small, data_dir: generated}")
+    evaluate.evaluate(evaluate.EvaluateArguments(**more, config=str(file)))
+    assert asked[3] == ("alfworld-generated", 30)  # what a file says is stronger than the checkpoint
+    real = base_env.make_environment
+    monkeypatch.setattr(base_env, "make_environment", lambda *told: replace(real(*told), tasks=lambda split: []))
+    with pytest.raises(ConfigError, match="no games in the split"):
+        evaluate.evaluate(evaluate.EvaluateArguments(**more))

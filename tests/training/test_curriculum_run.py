@@ -12,6 +12,7 @@ from test_trainer import config, metrics, trainer, weights, whole  # noqa: F401,
 
 from dreamgym.core.data_structures import Task
 from dreamgym.environments.base_env import make_environment
+from dreamgym.models import experience_sft
 from dreamgym.models.experience_sft import encode_examples, example_loss
 from dreamgym.models.replay_buffer import read_rows
 from dreamgym.training import arms
@@ -65,6 +66,19 @@ def test_generated_tasks_dream_in_the_world_of_their_seed_task(grown):
         assert task["instruction"] in task["initial_state"] and task["instruction"] != world["instruction"]
     played = [json.loads(line)["task_id"] for line in (grown / "dream" / "episodes.jsonl").read_text().splitlines()]
     assert {task["id"] for task in state["generated"]} & set(played)
+
+
+def test_tasks_without_own_episodes_are_judged_by_recorded_ones(whole, tmp_path, monkeypatch):  # noqa: F811
+    loop = loop_of(tmp_path, whole / "prepared")
+    tasks, model, scored = loop.ready.tasks, loop.ready.model, []
+    few = {task.id for task in tasks[:2]}
+    found = [(i, e) for i, e in read_rows(model.buffer.db, "1") if e.policy != "cloned" or e.task_id in few]
+    monkeypatch.setattr(experience_sft, "read_rows", lambda *_: found)
+    score = lambda rows, *_: scored.extend(rows) or {e.task_id: 0.0 for e in rows}  # noqa: E731
+    monkeypatch.setattr(experience_sft, "losses_by_task", score)
+    assert len(experience_sft.best_predicted(tasks, 1.0, model)) == len(tasks)
+    assert {e.task_id for e in scored if e.policy == "cloned"} == few
+    assert not few & {e.task_id for e in scored if e.policy != "cloned"}
 
 
 def test_only_the_tasks_that_are_predicted_best_are_dreamt(whole, tmp_path):  # noqa: F811
@@ -197,12 +211,12 @@ def test_without_a_checker_a_task_must_succeed_in_a_dream(monkeypatch):
 
     def collect(loop, where, tasks, part):
         asked.extend(tasks)
-        return [SimpleNamespace(success=task.id == "b" and i % 3 == 2) for i, task in enumerate(tasks)]
+        return [SimpleNamespace(task=task, success=task.id == "b" and i % 3 == 2) for i, task in enumerate(tasks)]
 
     monkeypatch.setattr(arms, "collect", collect)
     loop = SimpleNamespace(config=config(curriculum__trials=3))
-    tasks = [Task("a", "x"), Task("b", "y"), Task("c", "z")]
-    assert dreams_of_success(loop, tasks) == [False, True, False]
+    tasks = [Task(name, "x", initial_state=None if name == "n" else "a room") for name in "abnc"]
+    assert dreams_of_success(loop, tasks) == [False, True, False, False]  # without a first state nothing can be dreamt
     assert [task.id for task in asked] == list("aaabbbccc") and dreams_of_success(loop, []) == []
 
 

@@ -17,6 +17,7 @@ from dreamgym.environments.offline import EXPERT, record
 from dreamgym.models.experience_sft import encode_examples, example_loss, split_experiences
 from dreamgym.models.reasoning_model import ExperiencePrompts
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer
+from dreamgym.training import fine_tuning
 from dreamgym.training.fine_tuning import conversation_rows, fine_tune, old_episodes, pays_to_pack, refresh
 from dreamgym.training.preparation import check_tokens, environment_texts, lost_targets
 
@@ -46,7 +47,7 @@ def test_trl_takes_the_loss_of_our_loop_on_the_same_rows(env, rows, small):
     model, chosen = prompts_of(env), rows[:8]
     expected = example_loss(small.model, encode_examples(chosen, model, small.tokenizer)).item()
     section = ReasoningModelConfig(train_steps=1, batch_size=8, lr=1e-12)
-    metrics = fine_tune(model, small, chosen, section, warmup_steps=0, logging_steps=1)
+    metrics = fine_tune(model, small, chosen, section, draw=False, warmup_steps=0, logging_steps=1)
     assert math.isclose(metrics["train_loss"], expected, rel_tol=2e-3)
 
 
@@ -71,7 +72,7 @@ def test_a_packed_batch_teaches_what_a_padded_one_does(env, rows, small, attenti
     section, found = ReasoningModelConfig(train_steps=3, batch_size=8, lr=1e-2), []
     for packed in (False, True):
         small.model.load_state_dict(start)
-        metrics = fine_tune(prompts_of(env), small, rows[:24], section, warmup_steps=0, padding_free=packed)
+        metrics = fine_tune(prompts_of(env), small, rows[:24], section, draw=False, warmup_steps=0, padding_free=packed)
         found.append((metrics["train_loss"], {n: t.clone() for n, t in small.model.state_dict().items()}))
     (loss, padded), (same, packed) = found
     assert math.isclose(loss, same, rel_tol=1e-5) and len({len(row.state) for row in rows[:24]}) > 1
@@ -94,7 +95,7 @@ def test_fine_tuning_learns_and_lora_is_merged(env, rows, small):
     examples = encode_examples(rows, model, small.tokenizer)
     start = example_loss(small.model, examples).item()
     logs = []
-    section = ReasoningModelConfig(train_steps=30, batch_size=8, lr=2e-2, lora_rank=4)
+    section = ReasoningModelConfig(train_steps=50, batch_size=8, lr=2e-2, lora_rank=4)
     fine_tune(model, small, rows, section, on_log=lambda step, metrics: logs.append(step))
     assert example_loss(small.model, examples).item() < 0.8 * start and logs
     after = small.model.state_dict()
@@ -102,6 +103,21 @@ def test_fine_tuning_learns_and_lora_is_merged(env, rows, small):
     moved = [name for name in after if not torch.equal(after[name], before[name])]
     assert moved and all("proj" in name for name in moved)
     assert not small.model.training
+
+
+def test_rows_are_drawn_and_the_rate_ends_as_the_section_says(env, rows, small, monkeypatch):
+    seen, rates = [], []
+
+    def shown(experiences, model, tokenizer, without_demos=()):
+        seen.append(list(without_demos))
+        return conversation_rows(experiences, model, tokenizer, without_demos)
+
+    monkeypatch.setattr(fine_tuning, "conversation_rows", shown)
+    section = ReasoningModelConfig(train_steps=20, batch_size=2, lr=1e-2, lr_end=0.5, demo_dropout=1.0)
+    told = lambda step, logs: rates.append(logs.get("learning_rate"))  # noqa: E731
+    fine_tune(prompts_of(env), small, rows, section, on_log=told, logging_steps=1)
+    assert seen == [[True] * len(rows)]
+    assert min(rate for rate in rates[5:] if rate is not None) == pytest.approx(0.005, rel=0.1)
 
 
 def test_nothing_to_learn_from(env, small):

@@ -467,9 +467,13 @@ def test_the_real_control_plays_worlds_that_the_dream_does_not_know(whole, tmp_p
     ]
 
 
-def test_without_validation_games_the_last_iteration_counts(whole, tmp_path):
+@pytest.mark.parametrize("wanted", [0, 3])
+def test_without_validation_games_the_last_iteration_counts(whole, tmp_path, wanted):
     shutil.copytree(whole / "prepared", tmp_path / "prepared")
-    t = trainer(tmp_path, training__validation_episodes=0, rl__invalid_action_penalty=0.1)
+    t = trainer(tmp_path, training__validation_episodes=wanted, rl__invalid_action_penalty=0.1)
+    if wanted:  # but the environment has none
+        tasks = t.env.tasks
+        t.env = replace(t.env, tasks=lambda split: [] if split == "valid" else tasks(split))
     policy = t.fit(t.prepare(), "dream")
     last = load_policy(tmp_path / "dream" / "checkpoints" / manifest_name(2)).state_dict()
     assert all(torch.equal(value, last[name]) for name, value in policy.state_dict().items())

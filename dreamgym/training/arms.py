@@ -399,10 +399,13 @@ def validate(
 
     found = from_main(play, loop.accelerator)
     row |= {f"eval/{key}": found[key] for key in ("success", "n", "transitions", "invalid_actions")}
+    success = found["success"] if found["n"] else -1.0
     if not found["n"]:
-        log.warning("all %s validation games were aborted; the best iteration is not known", len(tasks))
-    if found["success"] > loop.best["success"] if found["n"] else loop.best["success"] < 0:
-        loop.best = {"iteration": loop.iteration, "success": found["success"]}
+        log.warning(
+            "all %s validation games were aborted, so nothing is known of iteration %s", len(tasks), loop.iteration
+        )
+    if success > loop.best["success"] or loop.best["success"] < 0:
+        loop.best = {"iteration": loop.iteration, "success": success}
 
 # %% ../../nbs/training/36b_arms.ipynb #bad125bf
 def recorded_dreams(

@@ -311,9 +311,8 @@ def test_upstream_is_used_where_its_data_are_named(upstream):
     assert result.success and result.info["reward_parts"] == {"DB": 1.0}
     kinds = [(getattr(m, "role", ""), getattr(m, "error", None)) for m in seen[-1].messages]
     assert kinds == [("assistant", None), ("tool", True), ("assistant", None), ("tool", False), ("assistant", None)]
-    assert (
-        seen[-1].messages[1].content == "Error: no such bill"
-    )  # upstream's words: its evaluator plays the calls again
+    # Upstream's own words, since its evaluator plays the calls again and compares.
+    assert seen[-1].messages[1].content == "Error: no such bill"
     assert seen[-1].messages[-1].content == "###STOP###" and seen[-1].termination_reason == "agent_stop"
     assert all(rows[-1].success for rows in record(env, [task]))
 

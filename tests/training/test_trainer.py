@@ -480,6 +480,27 @@ def test_without_validation_games_the_last_iteration_counts(whole, tmp_path, wan
     assert not any(key.startswith("eval/") for row in metrics(tmp_path / "dream") for key in row)
 
 
+def test_an_iteration_whose_validation_was_aborted_is_the_best_only_while_nothing_is_known(monkeypatch):
+    found = iter([(0, 0.0), (0, 0.0), (3, 0.0), (0, 0.0), (3, 0.5), (3, 0.2)])
+
+    def played(*_, **__):
+        n, success = next(found)
+        return SimpleNamespace(
+            row=lambda: dict.fromkeys(("transitions", "invalid_actions"), 0) | {"n": n, "success": success}
+        )
+
+    monkeypatch.setattr(arms, "evaluate_policy", played)
+    ready = SimpleNamespace(env=SimpleNamespace(tasks=lambda split: ["a", "b", "c"]))
+    loop = SimpleNamespace(
+        config=config(), ready=ready, player=None, accelerator=None, best={"iteration": 0, "success": -1.0}
+    )
+    best = []
+    for loop.iteration in range(6):
+        arms.validate(loop, {})
+        best.append(loop.best["iteration"])
+    assert best == [0, 1, 2, 2, 4, 4]
+
+
 def test_a_group_of_one_is_left_out(whole, tmp_path):
     loop = loop_in(tmp_path, whole / "prepared", rl__algorithm="grpo", rl__group_size=3)
     dreams, _ = arms.play_iteration(loop)

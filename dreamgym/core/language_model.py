@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_utils import PreTrainedModel
 
 from .errors import DataError
-from .small_lm import SmallLMConfig
+from .small_lm import SmallLMConfig, asked_columns
 
 # %% auto #0
 __all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'CALLS', 'PIECES', 'ENTITY', 'numbered_entities', 'word_decoder',
            'train_tokenizer', 'token_parts', 'architecture_config', 'build_model', 'LanguageModel',
            'load_language_model', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows', 'head_of',
-           'trunk']
+           'predicting_states']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
 PAD, END, UNKNOWN, ROLES = "<|pad|>", "<|end|>", "<|unk|>", ("<|system|>", "<|user|>", "<|assistant|>")
@@ -284,12 +285,15 @@ def head_of(
     return head if scale == 1.0 and not cap else logits
 
 # %% ../../nbs/core/03_language_model.ipynb #3a8233e2
-def trunk(
+def predicting_states(
     model: Any,  # SmallLM, or any transformers causal language model
-    ids: Tensor,  # (B, T), padded on the right
-) -> tuple[Tensor, Any]:  # hidden states (B, T, d), a function from hidden states to logits
-    """Everything below the head, and the head."""
-    if hasattr(model, "token_embeddings"):
-        hidden, table = model.hidden_states(ids)
-        return hidden, lambda states: states @ table.T
-    return model.base_model(input_ids=ids).last_hidden_state, head_of(model)
+    rows: Rows,
+) -> tuple[Tensor, Any]:  # hidden states (N, d) before each of N agent tokens, a function from these to logits
+    """The states from which the agent tokens are predicted, and the head."""
+    at = F.pad(rows.action_mask[:, 1:], (0, 1))
+    if not hasattr(model, "token_embeddings"):
+        return model.base_model(input_ids=rows.ids).last_hidden_state[at], head_of(model)
+    columns, wanted = asked_columns(at, model.config.conv_kernel - 1)
+    few = 2 * columns.shape[1] <= at.shape[1]
+    hidden, table = model.hidden_states(rows.ids, columns=columns if few else None)
+    return hidden[wanted if few else at], lambda states: states @ table.T

@@ -18,8 +18,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 # %% auto #0
 __all__ = ['SmallLMConfig', 'CausalConv', 'ShortConv', 'BufferedLayer', 'BufferedCache', 'rotary_angles', 'rotate',
-           'ClosingLinear', 'SquaredReLU', 'SmallLayer', 'attention_bias', 'positions', 'SmallPreTrained', 'part_sums',
-           'SmallTrunk', 'SmallLMForCausalLM']
+           'ClosingLinear', 'SquaredReLU', 'columns_of', 'asked_columns', 'SmallLayer', 'attention_bias',
+           'columns_mask', 'positions', 'SmallPreTrained', 'part_sums', 'SmallTrunk', 'SmallLMForCausalLM']
 
 # %% ../../nbs/core/02a_small_lm.ipynb #50c5839d
 class SmallLMConfig(PreTrainedConfig):
@@ -147,6 +147,7 @@ class BufferedCache(Cache):
         layers: int,  # of the model
     ):
         super().__init__(layers=[BufferedLayer() for _ in range(layers)])
+        self.table: Tensor | None = None  # (V, d) token embeddings of the model that reads, the same for every token
 
     def select(
         self,
@@ -221,6 +222,27 @@ class SquaredReLU(torch.autograd.Function):
         (positive,) = ctx.saved_tensors
         return (grads[0] * positive).mul_(2)
 
+# %% ../../nbs/core/02a_small_lm.ipynb #78998053
+def columns_of(
+    x: Tensor,  # (B, T, …)
+    columns: Tensor,  # (B, P)
+) -> Tensor:  # (B, P, …)
+    """The given columns of each row."""
+    return x[torch.arange(len(x), device=x.device)[:, None], columns]
+
+
+def asked_columns(
+    at: Tensor,  # (B, T) bool, True where an output is wanted
+    before: int,  # K-1, columns that the convolution sees before each
+) -> tuple[Tensor, Tensor]:  # columns (B, P) in their order, others behind them; (B, P) True on those wanted
+    """What a last layer must compute."""
+    near = at.clone()
+    for j in range(1, before + 1):
+        near[:, :-j] |= at[:, j:]
+    most = max(int(near.sum(1).max()), 1)
+    columns = near.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return columns, at.gather(1, columns)
+
 # %% ../../nbs/core/02a_small_lm.ipynb #2bd770f7
 class SmallLayer(nn.Module):
     """Attention and MLP, each after a norm and a short convolution."""
@@ -234,9 +256,12 @@ class SmallLayer(nn.Module):
         self.up = nn.Linear(d, config.intermediate_size, bias=False)
         self.down = ClosingLinear(config.intermediate_size, d, bias=False)
 
-    def forward(self, x, rotation, mask, keep, cache: BufferedCache | None) -> Tensor:  # arguments as below
-        """(B, T, d) → (B, T, d)."""
-        x = x + self._attend(self._mix(0, x, keep, cache), rotation, mask, cache)
+    def forward(self, x, rotation, mask, keep, cache: BufferedCache | None, columns=None) -> Tensor:  # arguments below
+        """(B, T, d) → (B, T, d), or of the given columns only (B, P, d)."""
+        read = self._mix(0, x, keep, cache)
+        if columns is not None:
+            x, keep = columns_of(x, columns), None if keep is None else columns_of(keep, columns)
+        x = x + self._attend(read, rotation, mask, cache, columns)
         return x + self.down(SquaredReLU.apply(self.up(self._mix(1, x, keep, cache))))
 
     def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: BufferedCache | None) -> Tensor:
@@ -248,15 +273,17 @@ class SmallLayer(nn.Module):
         y, carried[site] = self.convs[site](x, carried.get(site), holes)
         return y
 
-    def _attend(self, x: Tensor, rotation, mask: Tensor | None, cache: BufferedCache | None) -> Tensor:
+    def _attend(self, x: Tensor, rotation, mask: Tensor | None, cache: BufferedCache | None, columns) -> Tensor:
         B, T, d = x.shape
         qk, v = self.qkv(x).split([2 * d, d], -1)
         q, k = rotate(qk.view(B, T, 2 * self.heads, -1), *rotation).transpose(1, 2).chunk(2, 1)
         v = v.view(B, T, self.heads, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
+        if columns is not None:
+            q = columns_of(q.transpose(1, 2), columns).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+        return self.out(y.transpose(1, 2).reshape(B, -1, d))
 
 # %% ../../nbs/core/02a_small_lm.ipynb #68b6fd39
 def attention_bias(
@@ -278,6 +305,17 @@ def attention_bias(
         mask = mask & causal | itself  # padding looks at itself: a softmax over nothing is not a number
     new = real[:, seen:, None]
     return mask, None if bool(new.all()) else new.float()
+
+# %% ../../nbs/core/02a_small_lm.ipynb #b00aa37a
+def columns_mask(
+    mask: Tensor | None,  # (B or 1, 1, T, seen + T) bool; None: plain causal
+    columns: Tensor,  # (B, P)
+    T: int,
+) -> Tensor:  # (B, 1, P, seen + T) bool
+    """Where the queries of some columns may look."""
+    if mask is None:
+        return (torch.arange(T, device=columns.device) <= columns[..., None])[:, None]
+    return columns_of(mask[:, 0].expand(len(columns), -1, -1), columns)[:, None]
 
 # %% ../../nbs/core/02a_small_lm.ipynb #ec38a407
 def positions(
@@ -345,18 +383,22 @@ class SmallTrunk(SmallPreTrained):
         attention_mask: Tensor | None = None,  # (B, T so far), True on real tokens; needed for left padding only
         position_ids: Tensor | None = None,  # (B, T); None: from the mask
         cache: BufferedCache | None = None,
-    ) -> tuple[Tensor, Tensor]:  # last hidden states (B, T, d), token embeddings (V, d)
+        columns: Tensor | None = None,  # (B, P) of the last layer, as `asked_columns` finds them; None: all
+    ) -> tuple[Tensor, Tensor]:  # last hidden states (B, T or P, d), token embeddings (V, d)
         """Everything but the head."""
-        table, T = self.token_embeddings(), input_ids.shape[1]
-        seen = 0 if cache is None else cache.get_seq_length()
+        table = self.token_embeddings() if cache is None or cache.table is None else cache.table
+        T, seen = input_ids.shape[1], 0
+        if cache is not None:
+            cache.table, seen = table, cache.get_seq_length()
         mask, keep = attention_bias(attention_mask, T, seen)
-        if position_ids is None:
-            position_ids = positions(attention_mask, T, seen, input_ids.device)
-        rotation = rotary_angles(position_ids, self.config, table.dtype)
+        at = positions(attention_mask, T, seen, input_ids.device) if position_ids is None else position_ids
+        rotation = rotary_angles(at, self.config, table.dtype)
         x = F.embedding(input_ids, table)
-        for layer in self.layers:
+        *below, last = self.layers
+        for layer in below:
             x = layer(x, rotation, mask, keep, cache)
-        return self.norm(x), table
+        mask = mask if columns is None else columns_mask(mask, columns, T)
+        return self.norm(last(x, rotation, mask, keep, cache, columns)), table
 
 # %% ../../nbs/core/02a_small_lm.ipynb #69f2710f
 class SmallLMForCausalLM(SmallTrunk, GenerationMixin):
@@ -374,7 +416,11 @@ class SmallLMForCausalLM(SmallTrunk, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` positions only; labels give the usual shifted loss."""
         cache: Any = past_key_values if isinstance(past_key_values, BufferedCache) else None
-        hidden, table = self.hidden_states(input_ids, attention_mask, position_ids, cache)
+        columns, (B, T) = None, input_ids.shape
+        few = logits_to_keep + self.config.conv_kernel - 1 if isinstance(logits_to_keep, int) else T
+        if few < T and logits_to_keep:
+            columns = torch.arange(T - few, T, device=input_ids.device).expand(B, -1)
+        hidden, table = self.hidden_states(input_ids, attention_mask, position_ids, cache, columns)
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits: Any = kept @ table.T
         loss: Any = None

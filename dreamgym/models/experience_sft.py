@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..core.config import ExperienceTraining
 from ..core.data_structures import Experience, Task
 from ..core.errors import DataError
-from ..core.language_model import LanguageModel, PromptEncoder, make_rows, trunk
+from ..core.language_model import LanguageModel, PromptEncoder, make_rows, predicting_states
 from ..environments.base_env import StateMapper, had_effect
 from .reasoning_model import ExperiencePrompts, Query, render_target
 from .replay_buffer import read_rows
@@ -171,9 +171,8 @@ def example_loss(
 ) -> torch.Tensor:  # nats per target token; with 'none' of each one, example by example
     """Cross-entropy of the target tokens of a batch."""
     rows = make_rows([p for p, _ in examples], [t for _, t in examples], model.device)
-    hidden, head = trunk(model, rows.ids)
-    at = rows.action_mask[:, 1:]
-    return F.cross_entropy(head(hidden[:, :-1][at]).float(), rows.ids[:, 1:][at], reduction=reduction)
+    hidden, head = predicting_states(model, rows)
+    return F.cross_entropy(head(hidden).float(), rows.ids[:, 1:][rows.action_mask[:, 1:]], reduction=reduction)
 
 # %% ../../nbs/models/23_experience_sft.ipynb #c427537e
 def adamw(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.config import PolicyModelConfig, RLConfig
 from ..core.data_structures import Turn
 from ..core.errors import ConfigError, DataError
-from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, trunk
+from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, predicting_states
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'Parsed', 'one_line', 'parse_thinking', 'extended', 'TurnCodec', 'next_prompt',
@@ -205,9 +205,8 @@ class Policy(nn.Module):
         temperature: float = 1.0,  # of sampling; the same as in the rollout
     ) -> TokenScores:
         """Scores of every agent token of a batch."""
-        hidden, head = trunk(self.model, rows.ids)
-        at = rows.action_mask[:, 1:]
-        hidden, token = hidden[:, :-1][at], rows.ids[:, 1:][at]
+        hidden, head = predicting_states(self.model, rows)
+        token = rows.ids[:, 1:][rows.action_mask[:, 1:]]
         logits = head(hidden).float() / temperature
         logprobs = logits.log_softmax(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
@@ -220,8 +219,8 @@ class Policy(nn.Module):
     ) -> Tensor:  # (B,) value of the state that each prompt describes
         """V(s) read at the last prompt token; used to bootstrap truncated episodes."""
         rows = make_rows(prompts, [[0]] * len(prompts), self.value.weight.device)
-        hidden, _ = trunk(self.model, rows.ids)
-        return self.value(hidden[:, :-1][rows.action_mask[:, 1:]].to(self.value.weight.dtype))[:, 0].float()
+        hidden, _ = predicting_states(self.model, rows)
+        return self.value(hidden.to(self.value.weight.dtype))[:, 0].float()
 
 # %% ../../nbs/training/30_policy.ipynb #dd132e3a
 def make_optimizer(

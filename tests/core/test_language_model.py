@@ -14,8 +14,8 @@ from dreamgym.core.language_model import (
     build_model,
     load_language_model,
     make_rows,
+    predicting_states,
     train_tokenizer,
-    trunk,
 )
 from dreamgym.core.llm import GeneratorClient, Request
 from dreamgym.environments.base_env import make_environment
@@ -110,10 +110,12 @@ def test_right_padding_changes_nothing(model, tokenizer):
     prompts = prompts_of(tokenizer)
     together = make_rows(prompts, [[7, 8]] * len(prompts))
     with torch.no_grad():
-        hidden, head = trunk(model.model, together.ids)
+        whole = model.model(together.ids).logits
+        hidden, head = predicting_states(model.model, together)
         for i, prompt in enumerate(prompts):
             alone = model.model(torch.tensor([[*prompt, 7, 8]])).logits[0]
-            assert torch.allclose(head(hidden[i, : len(alone)]), alone, atol=1e-5)
+            assert torch.allclose(whole[i, : len(alone)], alone, atol=1e-5)
+            assert torch.allclose(head(hidden)[2 * i : 2 * i + 2], alone[-3:-1], atol=1e-5)
 
 
 def test_action_mask_covers_the_responses_only():

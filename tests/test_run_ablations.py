@@ -275,6 +275,15 @@ def test_clones_of_its_own_are_told_from_what_the_dream_gave():
     assert raw["start"] == pytest.approx(16 / 40) and raw["Δ gain mean"] == pytest.approx(-10)
 
 
+def test_an_arm_on_other_seeds_leaves_the_others_their_pooled_error():
+    won = {"full": {s: 20 + s for s in range(6)}, "replay": {0: 16, 1: 22, 2: 20}, "history": {0: 21, 1: 20, 2: 27}}
+    won["curriculum"] = {3: 20, 4: 21, 5: 30}
+    by_seed = {name: {s: {"success": w / 40} for s, w in rows.items()} for name, rows in won.items()}
+    found = ab.pooled_with(by_seed)
+    assert list(found) == ["replay", "history"] and found["replay"]["seeds"] == 3
+    assert found == ab.pooled_with({name: rows for name, rows in by_seed.items() if name != "curriculum"})
+
+
 def test_the_pooled_error_counts_each_arm_once():
     won = {"full": (20, 24, 30), "replay": (16, 22, 27), "history": (21, 27, 30), "buffer.top_k=0": (16, 22, 27)}
     by_seed = {name: {s: {"success": w / 40, "of": (w, s)} for s, w in enumerate(all_)} for name, all_ in won.items()}

@@ -217,7 +217,19 @@ def test_a_finished_run_is_read_even_if_the_file_is_gone(tmp_path):
     (tmp_path / "b.json").unlink()
     again = Runner()
     ledger = run(tmp_path, ["bc", "dream"], [0], again)
-    assert again.commands == [] and len(ledger.rows) == 6 and ledger.rows[0]["seconds"] is None
+    assert again.commands == [] and len(ledger.rows) == 6
+    assert {(row["seconds"], row["commit"]) for row in ledger.rows} == {(None, "")}
+
+
+def test_a_finished_run_without_the_control_goes_on_where_it_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, ("ppo", "dream"), ("behaviour cloning", "dream RL"))
+    run(tmp_path, ["bc", "dream"], [0], Runner())
+    (tmp_path / "b.json").unlink()
+    monkeypatch.undo()
+    again = Runner()
+    ledger = run(tmp_path, ["bc", "dream", "real"], [0], again)
+    assert names_of(again) == ["ppo-dream-seed0"] and "training.control=false" not in str(again.commands)
+    assert {row["method"] for row in ledger.rows} == {"bc", "dream", "real"} and not ledger.failures
 
 
 def test_another_setting_is_another_benchmark_in_the_same_file(tmp_path):

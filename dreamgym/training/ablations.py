@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'FULL', 'ABLATIONS', 'REMEDIES', 'PAPER', 'PARTS', 'Stamps', 'DREAM', 'Ablation', 'swept_key', 'swept',
            'together', 'parse_ablations', 'full_method', 'value_of', 'settings_of', 'stamps_of', 'plan_ablations',
-           'rows_by_seed', 'gain_of', 'compare_gains', 'pooled_with', 'compare_dreams', 'summarise_ablations',
-           'with_earlier', 'summarise_again', 'run_ablations', 'table_of_ablations', 'points_of', 'what_counts',
-           'plot_ablations', 'plot_dreams', 'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
+           'rows_by_seed', 'gain_of', 'compare_gains', 'most_shared', 'pooled_with', 'compare_dreams',
+           'summarise_ablations', 'with_earlier', 'summarise_again', 'run_ablations', 'table_of_ablations', 'points_of',
+           'what_counts', 'plot_ablations', 'plot_dreams', 'table_of_dreams', 'sweeps_of', 'hazard_text', 'plot_sweep']
 
 # %% ../../nbs/training/41_ablations.ipynb #4d0ea430
 @dataclass(frozen=True)
@@ -261,23 +261,35 @@ def compare_gains(
     return bm.difference(*zip(*gains, strict=True))
 
 # %% ../../nbs/training/41_ablations.ipynb #3afe0628
+def most_shared(
+    seeds: Sequence[set[int]],  # of each arm
+) -> set[int]:  # those of one arm
+    """The seeds with most degrees of freedom over all arms that have them."""
+
+    def freedom(chosen: set[int]) -> tuple[int, list[int]]:
+        return (sum(chosen <= others for others in seeds) - 1) * (len(chosen) - 1), sorted(chosen)
+
+    return max(seeds, key=freedom, default=set())
+
+
 def pooled_with(
     by_seed: Mapping[str, Mapping[int, Row]],  # name -> seed -> row, the full method's too
 ) -> dict[str, Row]:  # by name: 'mean', 'low', 'high', 'seeds', 'arms'
     """
-    Differences to the full method on the seeds that all have, with the error of all; arms of one seed and those from
-    clones of their own aside.
+    Differences to the full method on the seeds that most arms share, with the error of all; arms without these seeds
+    and those from clones of their own aside.
     """
     arms: dict[str, Mapping[int, Row]] = {}
     for name, rows in by_seed.items():
         again = rows in arms.values()  # a sweep's point may be another arm once more
         if len(rows) > 1 and not again and not compare_gains(rows, by_seed.get(FULL, {})):
             arms[name] = rows
-    seeds = sorted(set.intersection(*(set(rows) for rows in arms.values()))) if FULL in arms else []
-    if len(arms) < 2 or len(seeds) < 2:
+    seeds = most_shared([set(rows) & set(by_seed.get(FULL, {})) for rows in arms.values()])
+    arms = {name: rows for name, rows in arms.items() if seeds <= set(rows)}
+    if FULL not in arms or len(arms) < 2 or len(seeds) < 2:
         return {}
     others = [name for name in arms if name != FULL]
-    found = pooled_differences([[arms[name][seed]["success"] for seed in seeds] for name in (FULL, *others)])
+    found = pooled_differences([[arms[name][seed]["success"] for seed in sorted(seeds)] for name in (FULL, *others)])
     return {
         name: {"mean": e.value, "low": e.low, "high": e.high, "seeds": e.n, "arms": len(arms)}
         for name, e in zip(others, found, strict=True)

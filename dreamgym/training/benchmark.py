@@ -35,9 +35,10 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DREAMS', 'CURVE', 'Method', 'parse_methods',
            'parse_seeds', 'digest_of', 'Setting', 'read_name', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods',
-           'command_of', 'RunFailed', 'execute', 'learning_curve', 'rows_of', 'mean_of', 'mean_of_known', 'over_seeds',
-           'over_types', 'on_shared_seeds', 'compare', 'difference', 'summarise', 'against_real', 'curves_of',
-           'mean_curve', 'commit_of', 'row_key', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
+           'command_of', 'RunFailed', 'execute', 'learning_curve', 'is_finished', 'rows_of', 'mean_of', 'mean_of_known',
+           'over_seeds', 'over_types', 'on_shared_seeds', 'compare', 'difference', 'summarise', 'against_real',
+           'curves_of', 'mean_curve', 'commit_of', 'row_key', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of',
+           'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -263,6 +264,16 @@ def learning_curve(
     return [{"iteration": p["iteration"]} | {k: p[key] for k, key in CURVE.items() if key in p} for p in points]
 
 # %% ../../nbs/training/40_benchmark.ipynb #a20efb35
+def is_finished(
+    run: Run,
+    folder: Path,
+) -> bool:  # another selection of methods may have left a run in the same folder, without the real control
+    """Whether a run's closing table has all methods that it is wanted for."""
+    file = folder / "result.json"
+    found = {row["method"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]} if file.is_file() else set()
+    return {METHODS[name].row for name in run.methods} <= found
+
+
 def rows_of(
     run: Run,
     folder: Path,  # of the finished run
@@ -493,15 +504,15 @@ def run_one(
     folder = out_dir / f"{run.name}-{stamp}"
     command = command_of(run, setting, folder)
     common = {"seed": run.seed, "setting": setting.name, "config_hash": stamp, "command": shlex.join(command)}
-    common["commit"] = commit_of(project_root())
     say(f"{run.title}: started, for {', '.join(run.methods)}")
     try:
-        there = (folder / "result.json").is_file()
-        if not there:
+        common |= {"commit": "", "seconds": None}  # unknown where a finished run is only read
+        if not is_finished(run, folder):
+            common["commit"] = commit_of(project_root())
             start(command, folder.with_suffix(".log"))
+            common["seconds"] = round(time.monotonic() - began, 1)
         split = setting.load(run.seed).environment.eval_split
-        seconds = None if there else round(time.monotonic() - began, 1)  # unknown where it was only read
-        ledger.note(rows_of(run, folder, common | {"split": split, "seconds": seconds}))
+        ledger.note(rows_of(run, folder, common | {"split": split}))
     except (DreamGymError, OSError, ValueError, KeyError) as error:
         failure = {"run": run.title, "methods": list(run.methods), "error": f"{type(error).__name__}: {error}"}
         ledger.note([], common | failure)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..core.config import Config, config_hash, project_path, save_config
+from ..core.config import REPORTING, Config, config_hash, project_path, save_config
 from ..core.data_structures import Experience, Task
 from ..core.errors import CheckpointError, ConfigError, MissingExtra
 from ..core.language_model import load_language_model
@@ -43,7 +43,7 @@ from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 
 # %% auto #0
-__all__ = ['log', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'within_worlds', 'played_turns',
+__all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'within_worlds', 'played_turns',
            'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
            'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
            'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
@@ -478,16 +478,22 @@ def check_arm(config: Config, arm: str) -> str:
     return arm
 
 # %% ../../nbs/training/37_trainer.ipynb #a7e8b50b
+AROUND = (*REPORTING, *(f"training.{key}" for key in ("control", "parallel_control", "threads")))  # not what is trained
+
+
 def claim_folder(
     folder: Path,
     config: Config,
     env: Environment,
 ) -> None:
     """Writes the resolved config into a new run; raises CheckpointError where one with other settings or data lives."""
-    stamp = {"config_hash": config_hash(config, data=env.digest), "environment": env.name, "info": env.info}
-    file = folder / "run.json"
+    mine = config_hash(config, AROUND, env.digest)
+    stamp, file = {"config_hash": mine, "environment": env.name, "info": env.info}, folder / "run.json"
     if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8"))["config_hash"] != stamp["config_hash"]:
+        if json.loads(file.read_text(encoding="utf-8"))["config_hash"] not in (
+            mine,
+            config_hash(config, data=env.digest),
+        ):
             raise CheckpointError(
                 f"run folder {str(folder)!r} holds a run with another config, or on other data; "
                 "use another out_dir, or its config.yaml"

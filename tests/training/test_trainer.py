@@ -202,6 +202,13 @@ def test_the_folder_of_another_config_is_refused(whole):
         trainer(whole, rl__lr=0.1)
 
 
+@pytest.mark.parametrize("around", ["training.control=false", "training.parallel_control=true", "training.threads=2"])
+def test_a_run_goes_on_with_another_control_or_more_threads(tmp_path, around):
+    env = SimpleNamespace(name="alfworld", info={}, digest="")
+    for more in ([], [around]):
+        claim_folder(tmp_path / "run", load_config(None, "alfworld", "smoke", more), env)
+
+
 def test_the_folder_of_a_run_on_other_data_is_refused(tmp_path):
     """Official games may appear in their usual place between two calls of the same command."""
     config = load_config(None, "alfworld", "smoke")

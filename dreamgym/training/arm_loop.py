@@ -143,11 +143,14 @@ def finished(loop: ArmLoop) -> bool:
     return loop.stopped or loop.iteration >= last or (not loop.dreamt and affordable(loop) == 0)
 
 # %% ../../nbs/training/36a_arm_loop.ipynb #d87d2909
-WORLD = {"name", "size", "mapper", "max_episode_steps", "domain", "num_train_worlds"}
+WORLD = {"name", "data_dir", "size", "mapper", "max_episode_steps", "domain", "num_train_worlds"}
 
 
-def trained_on(config: Config) -> dict[str, dict[str, Any]]:  # 'world' and 'limits', for a checkpoint
-    """Settings of environment and policy that decide what is seen and how long an answer may be."""
+def trained_on(
+    config: Config,
+    data: str,  # digest of the environment's
+) -> dict[str, Any]:  # 'world', 'limits' and 'data', for a checkpoint
+    """What decides what a policy sees and how long its answer may be."""
     section = config.policy_model
     limits = {"max_new_tokens": section.max_new_tokens, "context_length": section.context_length}
-    return {"world": config.environment.model_dump(include=WORLD), "limits": limits}
+    return {"world": config.environment.model_dump(include=WORLD), "limits": limits, "data": data}

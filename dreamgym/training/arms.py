@@ -149,7 +149,7 @@ def cut_back(
     if not is_main(loop.accelerator):
         return
     rows = len(memory(loop))
-    if rows < facts.get("buffer_rows", 0):
+    if loop.arm != "real" and rows < facts.get("buffer_rows", 0):
         raise CheckpointError(
             f"the buffer holds {rows} rows, the checkpoint knew {facts['buffer_rows']}; restore {memory(loop).path}"
         )
@@ -290,7 +290,9 @@ def collect(
     settings = play_settings(loop.config.policy_model, slots, temperature=rl.temperature, **penalty)
     generator = scale.make_generator(loop.player, loop.config.policy_model, loop.iteration, loop.run.path / "weights")
     with autocast(loop.accelerator):
-        return rollout(generator, env, tasks, loop.player.codec, settings)
+        played = rollout(generator, env, tasks, loop.player.codec, settings)
+    env.close()
+    return played
 
 # %% ../../nbs/training/36b_arms.ipynb #09b182dd
 def refresh_dreamer(
@@ -489,7 +491,7 @@ def save_arm(
     facts |= {"best": loop.best, "real_transitions": loop.real_transitions, "arm": loop.arm, "stopped": loop.stopped}
     facts["inherited"] = loop.inherited
     facts |= {"fresh_from": loop.fresh_from, "failures": loop.guard.failures, "buffer_rows": len(memory(loop))}
-    facts |= arm_loop.trained_on(config)
+    facts |= arm_loop.trained_on(config, loop.ready.env.digest)
     kept = {"curriculum.json": loop.known} | ({DREAMER: loop.model.client.language_model} if evolves(loop) else {})
     save_checkpoint(loop.checkpoints, loop.iteration, loop.player, state, facts, kept)
     checkpoints.prune_checkpoints(

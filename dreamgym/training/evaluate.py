@@ -69,11 +69,15 @@ def evaluate(
     from dreamgym.environments.base_env import make_environment
     from dreamgym.training.checkpoints import load_policy, read_manifest
     from dreamgym.training.play import evaluate_policy
+    from dreamgym.training.scale import check_device
     from dreamgym.utils.tracking import write_json
 
-    policy = load_policy(arguments.checkpoint)
-    config = settings(arguments, read_manifest(arguments.checkpoint))
+    facts = read_manifest(arguments.checkpoint)
+    config = settings(arguments, facts)
+    policy = load_policy(arguments.checkpoint, check_device(config.training.device))
     env = make_environment(config.environment.name, config.environment)
+    if facts.get("data", env.digest) != env.digest:
+        log.warning("%s: the policy was trained on other data than are found here", arguments.checkpoint)
     split = arguments.split or config.environment.eval_split
     tasks = env.tasks(split)[: arguments.num_episodes or config.training.eval_episodes]
     if not tasks:

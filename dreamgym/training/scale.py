@@ -25,9 +25,9 @@ from ..core.generators import Generator, TransformersGenerator, VLLMServerGenera
 from .policy import Policy
 
 # %% auto #0
-__all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'precision_of', 'asked_for',
-           'check_engine', 'check_zero', 'make_accelerator', 'set_up_zero', 'spread_on_cpu', 'zero_on_cpu', 'is_zero',
-           'autocast', 'is_main', 'from_main', 'leave', 'share_of', 'over_ranks', 'is_spread', 'gathered',
+__all__ = ['add_lora', 'lora_layers', 'lora_tensors', 'merged', 'trainable', 'device_of', 'check_device', 'precision_of',
+           'asked_for', 'check_engine', 'check_zero', 'make_accelerator', 'set_up_zero', 'spread_on_cpu', 'zero_on_cpu',
+           'is_zero', 'autocast', 'is_main', 'from_main', 'leave', 'share_of', 'over_ranks', 'is_spread', 'gathered',
            'spread_like', 'spread', 'gather_weights', 'micro_batch', 'zero_step', 'left_out', 'zero_optimizer',
            'whole_state', 'from_pieces', 'to_piece', 'restore_zero', 'state_is_spread', 'make_generator']
 
@@ -108,6 +108,16 @@ def device_of(
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def check_device(
+    name: str,  # 'auto', 'cpu', 'cuda', 'cuda:1'
+) -> str:  # 'cpu', 'cuda', 'cuda:1'
+    """The device that is meant. Raises ConfigError for a GPU that is not there."""
+    device, count = device_of(name), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
+        raise ConfigError(f"training.device: {name}: torch finds {count} CUDA devices here; set it to 'auto' or 'cpu'")
+    return device
+
+
 def precision_of(
     section: TrainingConfig,
 ) -> str:  # 'no' or 'bf16'
@@ -159,10 +169,13 @@ def make_accelerator(
     section: TrainingConfig,
 ) -> Any:  # accelerate.Accelerator; None: one process on a CPU
     """The accelerator of this process. Raises ConfigError for an engine that this trainer cannot drive."""
-    precision, cpu = precision_of(section), device_of(section.device) == "cpu"
-    if cpu and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    device, alone = check_device(section.device), int(os.environ.get("WORLD_SIZE", "1")) == 1
+    precision, cpu = precision_of(section), device == "cpu"
+    if cpu and alone:
         return None
     check_engine()
+    if alone and ":" in device:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     zero, patience = asked_for("DEEPSPEED"), {"timeout": timedelta(hours=24)}  # rank 0 may play for long

@@ -25,6 +25,7 @@ import torch
 from ..core.config import REPORTING, Config, config_hash, project_path, save_config
 from ..core.data_structures import Experience, Task
 from ..core.errors import CheckpointError, ConfigError, MissingExtra
+from ..core.generators import ServerError
 from ..core.language_model import load_language_model
 from ..core.llm import LLMError
 from ..environments.base_env import Environment, make_environment
@@ -47,7 +48,7 @@ __all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'with_reasoning', 
            'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
            'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
            'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
-           'check_arm', 'claim_folder', 'describe']
+           'check_alone', 'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #948de48e
 log = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ def make_experience_model(
         prep.train_experience_model(model, language_model, rows, config, losses)
     else:
         require("trl", "pip install 'trl>=1.12,<2'")
+        check_alone(trainer, f"reasoning_model.name: {section.name} is fine-tuned")
         losses.mean = fine_tune(model, language_model, rows, section, seed)["train_loss"]
     language_model.save(home)
     write_json(home / "trained.json", {"seconds": time.monotonic() - start, "loss": losses.mean})
@@ -260,8 +262,7 @@ def fit_offline(
     if found:
         tell(found[1]["row"])
         return load_policy(found[0], trainer.device)
-    if trainer.accelerator is not None and trainer.accelerator.num_processes > 1:
-        raise ConfigError(f"rl.algorithm: {arm} trains in one process; start it without torchrun")
+    check_alone(trainer, f"rl.algorithm: {arm} trains")
     policy, metrics = offline_agent(ready, config, trainer.device, trainer.say)
     tasks = trainer.env.tasks("valid")[: config.training.validation_episodes]
     temperature, section = config.training.validation_temperature, config.policy_model
@@ -270,7 +271,7 @@ def fit_offline(
     row["time/iteration"] = time.monotonic() - start
     run.truncate(0)
     run.log(row)
-    save_checkpoint(run.path / "checkpoints", 1, policy, None, {"row": row} | trained_on(config))
+    save_checkpoint(run.path / "checkpoints", 1, policy, None, {"row": row} | trained_on(config, trainer.env.digest))
     tell(row)
     return policy
 
@@ -347,6 +348,8 @@ class DreamGymTrainer:
         self.accelerator = make_accelerator(config.training)
         self.device = device_of(config.training.device) if self.accelerator is None else str(self.accelerator.device)
         self.main = is_main(self.accelerator)
+        if config.reasoning_model.refresh_every and config.reasoning_model.name != "scratch":
+            check_alone(self, "reasoning_model.refresh_every: a named model is fine-tuned again")
         self.say = progress if self.main else lambda line: None
         self.env = open_environment(config)
         with main_first(self.accelerator):
@@ -442,8 +445,10 @@ def train_arm(
             keep_spent(trainer, arm)
             trainer.say(describe(arm, row))
             tell(row)
+        if trainer.accelerator is not None:
+            trainer.accelerator.wait_for_everyone()  # rank 0 may still be writing what all read back
         return arms.best_policy(loop)
-    except (KeyboardInterrupt, LLMError) as stop:
+    except (KeyboardInterrupt, LLMError, ServerError) as stop:
         if loop is not None:
             arms.save_stopped(loop)
             trainer.say(
@@ -454,6 +459,8 @@ def train_arm(
         keep_spent(trainer, arm)
         for tracker in trackers:
             tracker.finish()
+        if trainer.accelerator is not None:
+            trainer.accelerator.free_memory()  # it holds on to every policy and optimiser
 
 # %% ../../nbs/training/37_trainer.ipynb #f0a65f25
 def keep_spent(trainer: DreamGymTrainer, arm: str) -> None:
@@ -467,6 +474,15 @@ def check_settings(config: Config) -> None:
     prep.check_served(config.reasoning_model, config.environment.offline_data)
     prep.check_refresh(config)
     prep.check_algorithm(config)
+
+
+def check_alone(
+    trainer: DreamGymTrainer,
+    what: str,  # 'rl.algorithm: dpo trains'
+) -> None:
+    """Raises ConfigError for what TRL does on its own, which several ranks would wait for in vain."""
+    if trainer.accelerator is not None and trainer.accelerator.num_processes > 1:
+        raise ConfigError(f"{what} in one process; start the run without torchrun, which then finds it done")
 
 
 def check_arm(config: Config, arm: str) -> str:
@@ -487,13 +503,10 @@ def claim_folder(
     env: Environment,
 ) -> None:
     """Writes the resolved config into a new run; raises CheckpointError where one with other settings or data lives."""
-    mine = config_hash(config, AROUND, env.digest)
-    stamp, file = {"config_hash": mine, "environment": env.name, "info": env.info}, folder / "run.json"
+    known = [config_hash(config, ignored, env.digest) for ignored in (AROUND, REPORTING)]  # the second: of old runs
+    stamp, file = {"config_hash": known[0], "environment": env.name, "info": env.info}, folder / "run.json"
     if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8"))["config_hash"] not in (
-            mine,
-            config_hash(config, data=env.digest),
-        ):
+        if json.loads(file.read_text(encoding="utf-8"))["config_hash"] not in known:
             raise CheckpointError(
                 f"run folder {str(folder)!r} holds a run with another config, or on other data; "
                 "use another out_dir, or its config.yaml"

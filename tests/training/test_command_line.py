@@ -85,6 +85,7 @@ def test_two_ranks_train_like_one(tmp_path):
     more = ["--mode", "real", "--checkpoints", ""]
     settings = ["training.device=cpu", "rl.minibatch=100000", "rl.value_warmup=0", "training.num_iterations=2"]
     settings += ["rl.algorithm=grpo", "rl.group_size=2"]
+    settings += ["training.validation_episodes=0"]  # the last iteration is the best: ranks read what one has just written
     rows = []
     for ranks in (1, 2):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if ranks == 2 else []
@@ -151,19 +152,23 @@ def test_published_checkpoints_are_those_that_the_arm_keeps(tmp_path):
     assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in source.iterdir())
 
 
-def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkeypatch):
+def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkeypatch, caplog):
     config = load_config(None, "alfworld", "smoke", "environment.size=full environment.data_dir=generated")
-    facts, asked = {"files": {}, "folder": "x"} | trained_on(config), []
+    facts, asked = {"files": {}, "folder": "x"} | trained_on(config, ""), []
 
     def played(policy, env, tasks, *_):
         asked.append((env.name, env.max_turns))
         return Evaluation([], 0.0)
 
-    monkeypatch.setattr(checkpoints, "load_policy", lambda path: None)
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path, device: None)
     monkeypatch.setattr(checkpoints, "read_manifest", lambda path: facts)
     monkeypatch.setattr(play, "evaluate_policy", played)
     more = {"checkpoint": "policy_iter_0001.json", "num_episodes": 1}
-    evaluate.evaluate(evaluate.EvaluateArguments(**more, set=("environment.data_dir=generated",)))
+    evaluate.evaluate(evaluate.EvaluateArguments(**more))
+    assert not caplog.records
+    facts["data"] = "ab12"
+    evaluate.evaluate(evaluate.EvaluateArguments(**more))
+    assert "other data" in caplog.text and asked.pop() == asked[0]
     facts["world"]["name"] = "webshop"
     evaluate.evaluate(evaluate.EvaluateArguments(**more))
     evaluate.evaluate(evaluate.EvaluateArguments(**more, env="alfworld", set=("environment.data_dir=generated",)))

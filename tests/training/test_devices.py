@@ -11,7 +11,9 @@ import torch
 from rl_toys import new_policy
 from test_trainer import metrics, trainer, weights
 
+from dreamgym.core.config import TrainingConfig
 from dreamgym.core.data_structures import Task
+from dreamgym.core.errors import ConfigError
 from dreamgym.core.generators import SamplingParams, TransformersGenerator
 from dreamgym.environments.base_env import CountingEnv
 from dreamgym.training.checkpoints import rng_tensors
@@ -19,6 +21,7 @@ from dreamgym.training.grpo import GRPOSettings, grpo_update, make_group_batch
 from dreamgym.training.policy import TurnCodec
 from dreamgym.training.ppo import PPOSettings, make_batch, ppo_update
 from dreamgym.training.rollout import RolloutConfig, rollout
+from dreamgym.training.scale import check_device, make_accelerator
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, cuda])
@@ -84,3 +87,14 @@ def test_the_trainer_on_a_gpu(tmp_path):
     assert rows[-1]["policy/updates"] > 0 and rows[-1]["policy/mismatch_max"] < 0.3
     assert {tensor.device.type for tensor in weights(tmp_path / "dream").values()} == {"cpu"}
     assert any(name.startswith("cuda") for name in rng_tensors())
+
+
+def test_a_gpu_that_is_not_there_is_no_silent_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds 0 CUDA devices here; set it to 'auto' or 'cpu'"):
+        make_accelerator(TrainingConfig(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_device("cuda:1") == "cuda:1" and check_device("auto") == "cuda"
+    with pytest.raises(ConfigError, match="finds 2 CUDA devices"):
+        check_device("cuda:2")

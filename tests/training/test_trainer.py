@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,18 +16,21 @@ import torch
 from dreamgym.core.config import load_config
 from dreamgym.core.data_structures import Experience, to_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
+from dreamgym.core.generators import ServerError
 from dreamgym.core.language_model import LanguageModel, build_model
 from dreamgym.models.experience_sft import encode_examples, example_loss
 from dreamgym.models.reasoning_model import ExperiencePrompts, Query
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer, read_rows
 from dreamgym.training import arms, preparation
+from dreamgym.training import trainer as trainer_module
 from dreamgym.training.arm_loop import finished
 from dreamgym.training.baselines import DEMONSTRATORS
 from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint, prune_checkpoints
 from dreamgym.training.play import Evaluation
 from dreamgym.training.preparation import demonstration_rows, offline_data
 from dreamgym.training.train import main
-from dreamgym.training.trainer import DreamGymTrainer, claim_folder, run_iteration, start_arm_loop
+from dreamgym.training.trainer import DreamGymTrainer, check_alone, claim_folder, run_iteration, start_arm_loop
+from dreamgym.training.trl_baselines import accelerate_as_before
 from dreamgym.utils.tracking import RunDir
 
 TINY = {
@@ -200,6 +205,73 @@ def test_expert_iteration_runs(tmp_path):
 def test_the_folder_of_another_config_is_refused(whole):
     with pytest.raises(CheckpointError, match="another config"):
         trainer(whole, rl__lr=0.1)
+
+
+def test_the_real_arm_asks_for_no_memory_that_only_dreams_need(tmp_path):
+    """A control of a process of its own prepares everything; the dream beside it may know fewer worlds."""
+    more = {"reasoning_model__train_worlds": 2, "training__num_iterations": 1}
+    t = trainer(tmp_path, **more)
+    t.fit(t.prepare(dream=False), "real")
+    again = trainer(tmp_path, **more)
+    again.fit(again.prepare(), "real")
+    assert metrics(tmp_path / "real")[-1]["iteration"] == 1
+
+
+def test_what_trl_trains_needs_one_process():
+    several = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+    with pytest.raises(ConfigError, match="fine-tuned in one process; start the run without torchrun"):
+        check_alone(several, "reasoning_model.name: gpt2 is fine-tuned")
+    check_alone(SimpleNamespace(accelerator=None), "rl.algorithm: dpo trains")
+
+
+def test_a_finished_arm_leaves_the_memory(tmp_path, monkeypatch):
+    """One trainer trains an arm after the other; accelerate would keep each policy with its optimiser."""
+    accelerate, kept = pytest.importorskip("accelerate"), []
+
+    def watched(*told):
+        loop = start_arm_loop(*told)
+        kept.append(weakref.ref(loop.policy))
+        return loop
+
+    monkeypatch.setattr(trainer_module, "start_arm_loop", watched)
+    with accelerate_as_before():
+        t = trainer(tmp_path, training__num_iterations=1)
+        ready, t.accelerator = t.prepare(dream=False), accelerate.Accelerator(cpu=True)
+        t.fit(ready, "real")
+        gc.collect()
+        assert kept[0]() is None
+
+
+def test_real_environments_are_closed_after_each_collection(tmp_path):
+    t, closed = trainer(tmp_path, training__num_iterations=1), []
+
+    def make(slots):
+        batch = t.env.make(slots)
+        close = batch.close
+        batch.close = lambda: (closed.append(slots), close())
+        return batch
+
+    ready = t.prepare(dream=False)
+    loop = start_arm_loop(t.config, replace(ready, env=replace(t.env, make=make)), "real", "cpu", RunDir(tmp_path / "x"))
+    arms.collect(loop, "real", ready.tasks[:2])
+    assert closed[-1] == 2
+
+
+def test_a_generation_server_that_stops_leaves_what_was_done(tmp_path, monkeypatch):
+    played = []
+
+    def stops(loop):
+        played.append(loop.iteration)
+        if len(played) == 2:
+            raise ServerError("gone")
+        return run_iteration(loop)
+
+    monkeypatch.setattr(trainer_module, "run_iteration", stops)
+    t = trainer(tmp_path, training__save_every=5, training__validation_episodes=0, training__num_iterations=3)
+    with pytest.raises(ServerError):
+        t.fit(t.prepare(dream=False), "real")
+    found = newest_checkpoint(tmp_path / "real" / "checkpoints")
+    assert found and found[1]["iteration"] == 1
 
 
 @pytest.mark.parametrize("around", ["training.control=false", "training.parallel_control=true", "training.threads=2"])

@@ -259,6 +259,12 @@ def test_a_run_without_its_row_is_a_failure(tmp_path, monkeypatch):
     assert "no row for s2r" in ledger.content["failures"][0]["error"] and ledger.rows == []
 
 
+def test_a_seed_counts_once_however_often_it_was_run(tmp_path):
+    rows = run(tmp_path, ["bc", "dream"], [0, 1], Runner()).rows
+    older = [row | {"config_hash": "older", "success": 0.9} for row in rows]  # before a default changed
+    assert bm.table_of([*older, *rows]) == bm.table_of(rows) and bm.table_of(rows)[0]["seeds"] == 2
+
+
 def test_workers_run_at_the_same_time(tmp_path):
     meet, runner = threading.Barrier(2, timeout=10), Runner()
 

@@ -439,6 +439,7 @@ def measure_dream(
         dreams = recorded_dreams(loop, trajectories)
         tasks = [t.task for t in dreams]
         games = evaluate_policy(loop.player, env, tasks, loop.config.rl.temperature, loop.iteration, section=section)
+    row["dream/gap_transitions"] = sum(len(game.turns) for game in games.trajectories)
     pairs = [pair for pair in zip(dreams, games.trajectories, strict=True) if pair[1].aborted is None]
     if len(pairs) < 2:
         return

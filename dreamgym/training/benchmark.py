@@ -590,7 +590,7 @@ def table_of(
     """A line for each method."""
     table = []
     for name, method in METHODS.items():
-        mine = [row for row in rows if row["method"] == name and row["temperature"] == temperature]
+        mine = {r["seed"]: r for r in rows if (r["method"], r["temperature"]) == (name, temperature)}  # the latest
         if mine:
-            table.append({"method": method.label} | line_of(mine))
+            table.append({"method": method.label} | line_of(list(mine.values())))
     return table

@@ -173,7 +173,9 @@ def table_of_settings(
             continue
         dreamt = {row["seed"] for row in mine if row["method"] == "dream"}
         shared = [row for row in mine if row["seed"] in dreamt and row["temperature"] == temperature]
-        start, end = ([row["success"] for row in shared if row["method"] == of] for of in ("bc", "dream"))
+        start, end = (
+            list({r["seed"]: r["success"] for r in shared if r["method"] == of}.values()) for of in ("bc", "dream")
+        )
         games, changes = describe(name, env)
         line = {"games": games, "changes": changes, "start": mean_of(start).value, "end": mean_of(end).value}
         line |= {"dream − cloning": gain, "real − cloning": contrast(mine, {"real": 1, "bc": -1}, temperature)}

@@ -250,11 +250,12 @@ def dream_metrics(
     dreams: Sequence[Trajectory],  # of real tasks, at least one, none aborted
     outcomes: Sequence[bool],  # of the same policy for real on these tasks; aborted games are left out
     env: Environment,
-) -> dict[str, float]:  # success, gap, WM2Real; hazard and rewards where rules are known. What has no case is absent
-    """What dreams are worth beside reality."""
+) -> dict[str, float]:  # success, gap, WM2Real, replayed transitions; hazard and rewards where rules are known
+    """What dreams are worth beside reality; what has no case is absent."""
     dreamt, happened = sum(bool(t.success) for t in dreams) / len(dreams), sum(outcomes) / max(len(outcomes), 1)
+    replay = wm2real(dreams, env)
     row = {"success": dreamt, "real_success": happened, "gap": dreamt - happened, "gap_n": len(dreams)}
-    shares = {"wm2real": wm2real(dreams, env).success}
+    row, shares = row | {"replayed": replay.transitions}, {"wm2real": replay.success}
     if env.verify:
         found = on_policy(dreams, env.verify)
         row |= {"hazard": found.hazard.value, "hazard_se": found.hazard.se, "hazard_steps": found.hazard.steps}

@@ -124,11 +124,13 @@ def plot_learning_curves(
     real: tuple[str, str | None] = ("eval/success", "eval/n"),
     title: str = "",
 ) -> Any:  # figure
-    """Dream and real success of the same policy over iterations."""
+    """Dream and real success of the same policy over iterations; a rollout stands where its policy was made."""
     figure, axes = new_axes("iteration (rollouts + updates)", "success (share of episodes)", title)
     for name, keys in (("dream", dream), ("real", real)):
         if keys is not None:
-            draw_curve(axes, *series(run, *keys), label=name, colour=method_colour(name))
+            iterations, values = series(run, *keys)
+            late = keys[0].startswith("rollout/")  # played before the update of its iteration
+            draw_curve(axes, [i - late for i in iterations], values, name, method_colour(name))
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, fontsize=8)
     return figure

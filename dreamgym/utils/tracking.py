@@ -20,8 +20,8 @@ from ..core.errors import CheckpointError, ConfigError, DataError
 
 # %% auto #0
 __all__ = ['PREFIXES', 'writing', 'write_text', 'sync_folder', 'whole_lines', 'append_text', 'to_json', 'json_lines',
-           'write_json', 'lock_folder', 'check_keys', 'read_jsonl', 'read_metrics', 'scalar_writer', 'write_scalars',
-           'RunDir', 'synced_size', 'truncate_file']
+           'write_json', 'lock_folder', 'add_entry', 'check_keys', 'read_jsonl', 'read_metrics', 'scalar_writer',
+           'write_scalars', 'RunDir', 'synced_size', 'truncate_file']
 
 # %% ../../nbs/utils/05_tracking.ipynb #bfc4f31c
 @contextmanager
@@ -153,6 +153,20 @@ def lock_folder(
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+# %% ../../nbs/utils/05_tracking.ipynb #4d2065fa
+def add_entry(
+    path: str | Path,  # JSON object; its folder is made
+    name: str,
+    entry: Any,
+) -> dict[str, Any]:  # all entries now
+    """Adds an entry to a file, or replaces it; other processes may do the same meanwhile."""
+    path = Path(path)
+    with lock_folder(path.parent, True, f".{path.name}.lock"):
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        entries[name] = to_json(entry)
+        write_json(path, entries)
+    return entries
 
 # %% ../../nbs/utils/05_tracking.ipynb #0982425b
 PREFIXES = ("rollout", "policy", "value", "dream", "buffer", "curriculum", "eval", "time")

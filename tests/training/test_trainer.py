@@ -525,6 +525,7 @@ def test_games_that_were_given_up_leave_the_gap(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(arms, "evaluate_policy", lambda *_, **__: SimpleNamespace(trajectories=games))
     arms.measure_dream(loop, row := {}, dreams)
     assert row["dream/gap_n"] == 2 and row["dream/real_success"] == 0.5
+    assert row["dream/gap_transitions"] == sum(len(game.turns) for game in games)  # those of aborted games too
 
 
 def test_real_only_never_dreams_when_money_runs_short(whole, tmp_path):

@@ -29,6 +29,8 @@ def test_curves_read_a_run_folder(tmp_path):
             run.log(row)
     figure = plot_learning_curves(tmp_path / "run")
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["dream, n=256", "real, n=400"]
+    dream, real = figure.axes[0].get_lines()  # an iteration's dreams are of the policy before its update
+    assert list(dream.get_xdata()) == [-1, 0, 1, 2, 3] and list(real.get_xdata()) == [0, 1, 2, 3, 4]
     assert "share" in figure.axes[0].get_ylabel() and tuple(figure.get_size_inches()) == (5, 3)
     real_only = plot_learning_curves(ROWS, dream=None)
     assert len(real_only.axes[0].get_lines()) == 1

@@ -421,7 +421,8 @@ def test_an_evaluation_in_training_tells_honest_dreams_from_others(env, monkeypa
     loop = SimpleNamespace(config=config, ready=SimpleNamespace(env=env), player=None, iteration=1, device="cpu")
 
     def half_won(policy, env, tasks, *_, **__):
-        return SimpleNamespace(trajectories=[SimpleNamespace(success=i < 3, aborted=None) for i in range(len(tasks))])
+        games = [SimpleNamespace(success=i < 3, aborted=None, turns=[None] * 5) for i in range(len(tasks))]
+        return SimpleNamespace(trajectories=games)
 
     monkeypatch.setattr(arms, "evaluate_policy", half_won)
     rows = []
@@ -431,6 +432,7 @@ def test_an_evaluation_in_training_tells_honest_dreams_from_others(env, monkeypa
     honest, half, lost = ({k.removeprefix("dream/"): v for k, v in row.items()} for row in rows)
     assert honest["gap"] == 0.5 and honest["hazard"] == 0
     assert honest["wm2real"] == honest["reward_precision"] == honest["reward_recall"] == 1
+    assert honest["gap_transitions"] == 30 and honest["replayed"] == sum(len(dream.turns) for dream in dreams)
     assert half["wm2real"] == half["reward_precision"] == 0.5 and half["hazard"] > 0
     assert lost["success"] == 0 and "wm2real" not in lost and "reward_precision" not in lost
 

@@ -327,8 +327,11 @@ def sigterm_interrupts() -> Iterator[None]:
 def open_environment(
     config: Config,
 ) -> Environment:
-    """The environment of a run. Raises ConfigError if a curriculum is asked for that nobody can write."""
+    """The environment of a run. Raises ConfigError without training tasks, or for a curriculum nobody can write."""
     env = make_environment(config.environment.name, config.environment)
+    if not env.tasks("train"):
+        hint = "it can only be evaluated: python -m dreamgym.training.evaluate --checkpoint …"
+        raise ConfigError(f"{env.name} has no training tasks; {hint} --env {config.environment.name}")
     prep.check_curriculum(config, env)
     return env
 

@@ -312,6 +312,14 @@ def test_bad_input_is_one_clear_error(flags, said, tmp_path, capsys):
     assert not (out / "dream").exists() and not (out / "prepared" / "counts.json").exists()
 
 
+def test_an_environment_without_training_tasks_is_not_trained_in(monkeypatch, tmp_path):
+    real = trainer_module.make_environment
+    monkeypatch.setattr(trainer_module, "make_environment", lambda *told: replace(real(*told), tasks=lambda split: []))
+    with pytest.raises(ConfigError, match="no training tasks; it can only be evaluated: .*evaluate.* --env alfworld"):
+        trainer(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_out_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot write"):

@@ -43,13 +43,15 @@ class DeskVerdict:
 def proper_call(
     action: str,
 ) -> ToolCall | None:  # None: no call, no such tool, or other arguments than the tool's
-    """The call in an action, if the desk's tools would take it."""
+    """The call in an action, if the desk's tools would take it; its arguments in the order of `ARGUMENTS`."""
     try:
         call = read_call(action)
     except CallError:
         return None
-    known = call is not None and set(call.arguments) == set(ARGUMENTS.get(call.name, ("?",)))
-    return call if call and known and all(isinstance(v, str) for v in call.arguments.values()) else None
+    names = ARGUMENTS.get(call.name, ("?",)) if call else ()
+    if call is None or set(call.arguments) != set(names) or not all(isinstance(call.arguments[n], str) for n in names):
+        return None
+    return ToolCall(call.name, {name: call.arguments[name] for name in names})
 
 # %% ../../nbs/environments/14c_desk_rules.ipynb #25874512
 def judge_call(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -340,7 +341,7 @@ class ConversationMapper:
 
     def failed(self, e: Experience) -> bool:
         """Whether the last answer is an error."""
-        return e.next_state.rpartition("\n")[2].startswith("= Error")
+        return re.match(r"= Error(: |:?$)", e.next_state.rpartition("\n")[2]) is not None
 
     def facts(self, state: str) -> frozenset[str]:
         """Every line is a fact."""

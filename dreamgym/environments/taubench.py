@@ -131,6 +131,7 @@ def build_official(
     max_turns = config.max_episode_steps or OFFICIAL_TURNS
     mapper = ConversationMapper()
     info = {"data": "tau2-bench" if upstream else "inspect-evals", "domain": domain, "max_turns": max_turns}
+    info |= {"digest": "tau2-bench"} if upstream else {}
     return Environment(
         name=f"taubench-{domain}",
         mapper=mapper,

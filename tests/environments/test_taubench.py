@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dreamgym.core.config import EnvironmentConfig, load_config
+from dreamgym.core.data_structures import Experience
 from dreamgym.core.errors import ConfigError, DataError, EnvironmentFailure
 from dreamgym.core.language_model import train_tokenizer
 from dreamgym.core.llm import LLMError, Reply
@@ -29,7 +30,7 @@ from dreamgym.environments.service_desk import (
     replay,
     vary,
 )
-from dreamgym.environments.service_session import ENDS, Session
+from dreamgym.environments.service_session import ENDS, ConversationMapper, Session
 from dreamgym.environments.taubench import DeskService, build
 from dreamgym.environments.tool_calls import CallError, read_call, run_call, write_call
 
@@ -241,6 +242,23 @@ def test_the_checker_condemns_what_is_changed_in_a_recorded_step(env):
     assert caught == len(rows) > 300
 
 
+def test_the_order_of_a_calls_arguments_means_nothing_to_the_rules(env):
+    turned = set()
+    for task in env.tasks("train")[:60]:
+        session, state = Session(DeskService(task)), env.mapper.start(task, "")
+        for call in gold_actions(task):
+            found = read_call(call)
+            call = write_call(found.name, **dict(reversed(found.arguments.items())))
+            after = env.mapper.update(state, call, session.say(call))
+            assert session.failed is None and env.mapper.merge(state, env.mapper.diff(state, after)) == after
+            reward = session.service.reward(session.said, True)[0] if session.ended else 0.0
+            assert env.verify(state, call, after, reward, session.ended) == []
+            assert env.annotate(state, call, after).endswith(("; ok", "done"))
+            turned |= {found.name} if len(found.arguments) > 1 else set()
+            state = after
+    assert turned == {"refund", "move", "exchange"}
+
+
 @pytest.mark.parametrize(
     "text", ["", "no lines", "task: x\norder 1: gone", "task: x\nunseen: order 1, order 1\nlast: ok"]
 )
@@ -340,6 +358,15 @@ def test_customers_who_do_not_answer(env):
         with_customer(Customer(dead=True), 1).reset([0], [task])
     with pytest.raises(EnvironmentFailure, match="user_llm"):
         with_customer(None, 1).reset([0], [task])
+
+
+def test_an_answer_about_an_error_is_no_failed_action():
+    """Telecom's phone answers "Error. Permission …" to a call that works."""
+    mapper = ConversationMapper()
+    for answer, failed in (("Error: no tool", True), ("Error: ", True), ("Error", True), ("Error. Permission", False)):
+        after = mapper.update("<ticket>", "check", answer)
+        assert mapper.failed(Experience("<ticket>", "check", 0.0, after, False)) == failed
+    assert mapper.failed(Experience("a", "check", 0.0, mapper.merge("a", "fail check"), False))
 
 
 @pytest.mark.parametrize("domain", ["retail", "airline"])

@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dreamgym.core.config import EnvironmentConfig
-from dreamgym.core.errors import DataError, EnvironmentFailure, MissingExtra
+from dreamgym.core.config import EnvironmentConfig, load_config
+from dreamgym.core.errors import CheckpointError, DataError, EnvironmentFailure, MissingExtra
 from dreamgym.core.llm import LLMError
 from dreamgym.environments import tau2_domains, tau2_upstream
 from dreamgym.environments.base_env import check_env
@@ -30,6 +30,7 @@ from dreamgym.environments.tau2_domains import (
 )
 from dreamgym.environments.taubench import build, text_client
 from dreamgym.environments.tool_calls import write_call
+from dreamgym.training.trainer import claim_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 from servers import LLMServer, running  # noqa: E402
@@ -315,6 +316,14 @@ def test_upstream_is_used_where_its_data_are_named(upstream):
     assert seen[-1].messages[1].content == "Error: no such bill"
     assert seen[-1].messages[-1].content == "###STOP###" and seen[-1].termination_reason == "agent_stop"
     assert all(rows[-1].success for rows in record(env, [task]))
+
+
+def test_a_run_on_packaged_data_is_not_continued_on_upstreams(upstream, tmp_path):
+    config = load_config(None, "taubench", "smoke", {"environment.domain": "telecom"})
+    packaged = SimpleNamespace(name="taubench-telecom", info={"data": "inspect-evals"}, digest="")
+    claim_folder(tmp_path / "run", config, packaged)
+    with pytest.raises(CheckpointError, match="other data"):
+        claim_folder(tmp_path / "run", config, upstream(lambda **run: None))
 
 
 def test_ten_refused_calls_end_a_conversation_with_upstream(upstream):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class BrowserSettings:
     python: str = sys.executable  # another one may hold official WebArena
     reset_seconds: float = 60.0  # longest wait for a first page, the start of the browser included
     step_seconds: float = 20.0  # longest wait for an action
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the workers' environment, besides this process's
 
 
 def no_proxy() -> str:
@@ -95,7 +96,7 @@ def start_worker(settings: BrowserSettings) -> subprocess.Popen[bytes]:
     quiet = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "NO_PROXY": no_proxy(), "no_proxy": no_proxy()}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     command = [settings.python, "-m", "dreamgym.environments.browser_worker", settings.chromium]
-    return subprocess.Popen(command, env=os.environ | quiet, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env={**os.environ, **quiet, **settings.variables}, start_new_session=True, **pipes)
 
 # %% ../../nbs/environments/15d_browser.ipynb #d29b4b4c
 def read_some(
@@ -187,11 +188,12 @@ class BrowserPool:
 def open_pool(
     named: str | None = None,  # Chromium; None: look for one
     python: str = sys.executable,  # of the workers
+    variables: Mapping[str, str] = {},  # of their environment
 ) -> BrowserPool:
     """A pool without a worker yet. Raises MissingExtra or EnvironmentFailure, with the command that helps."""
     if python == sys.executable:
         require_browsergym()
-    return BrowserPool(BrowserSettings(find_chromium(named), python))
+    return BrowserPool(BrowserSettings(find_chromium(named), python, variables=variables))
 
 # %% ../../nbs/environments/15d_browser.ipynb #29c09c11
 @dataclass(slots=True)

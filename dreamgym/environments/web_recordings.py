@@ -95,6 +95,11 @@ def web_episode(
     steps, goal = line.get("steps"), line.get("goal")
     if not isinstance(steps, list) or not steps or not isinstance(goal, str):
         raise DataError("a web trajectory needs 'goal' and a list 'steps' with 'axtree_txt' and 'action'")
+    for i, step in enumerate(steps):
+        if missing := {"axtree_txt", "action"} - set(step if isinstance(step, Mapping) else ()):
+            raise DataError(
+                f"step {i} of a web trajectory: expected 'axtree_txt' and 'action', {min(missing)!r} is missing"
+            )
     mapper, name = WebMapper(), str(line.get("task_id", "recorded"))
     trees = [str(step["axtree_txt"]) for step in steps]
     state, rows, won = mapper.start(Task(name, goal), trees[0]), list[Experience](), float(line.get("reward") or 0)

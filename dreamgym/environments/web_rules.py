@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..core.data_structures import Experience
-from .site_tasks import ASKING, SiteGoal, read_goal
+from .site_tasks import ASKING, SiteGoal, clean_text, read_goal
 from .sites import GOODS
 from .web_state import FIELDS, LISTS, WebState, label_of, parse_state, read_command, write_command
 
@@ -117,7 +117,7 @@ def _look_for(s: WebState, goal: SiteGoal) -> str:
 class Effect:
     """What the rules say about an action."""
 
-    ok: bool
+    ok: bool | None  # None: only a browser can tell
     page: str = ""  # title of the next page; '': not known
     lines: Sequence[str | None] | None = None
 
@@ -130,6 +130,8 @@ def effect_of(
     command, same = read_command(action, state.lines), Effect(True, state.page, state.lines)
     if command.verb == "answer":
         return same
+    if command.verb in ("call", "hover"):
+        return Effect(None)
     role, _, rest = state.line(command.number).partition(": ")
     label = label_of(state.line(command.number))
     if not role or command.verb not in ("click", "fill", "choose"):
@@ -210,7 +212,7 @@ def goal_reached(
     if command.verb == "answer":
         if goal.kind not in ASKING:
             return False
-        return command.value == fact_of(state, goal.kind) if here == goal.item else None
+        return clean_text(command.value) == clean_text(fact_of(state, goal.kind)) if here == goal.item else None
     if goal.kind == "visit":
         return page_name(after) == goal.item
     if command.verb != "click" or goal.kind in ASKING:
@@ -301,6 +303,8 @@ def violations(
     except ValueError:
         return ["malformed state"]
     effect, works = effect_of(before, action), after.last == "ok"
+    if effect.ok is None:
+        return []
     if works != effect.ok:
         return ["accepted an impossible action" if works else "rejected a possible action"]
     if not works:
@@ -331,4 +335,4 @@ def _header_fits(before: WebState, after: WebState) -> bool:
 def is_determined(e: Experience) -> bool:
     """Whether what is known gives the next state word for word."""
     effect = effect_of(parse_state(e.state), e.action)
-    return not effect.ok or (effect.lines is not None and None not in effect.lines)
+    return effect.ok is False or (effect.lines is not None and None not in effect.lines)

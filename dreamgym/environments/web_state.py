@@ -14,9 +14,9 @@ from ..core.data_structures import Task
 
 # %% auto #0
 __all__ = ['FIELDS', 'LISTS', 'SWITCHES', 'CONTROLS', 'MAX_LINES', 'MAX_WORDS', 'fold', 'Element', 'Node', 'read_nodes',
-           'WebPage', 'read_page', 'read_element', 'WebState', 'parse_state', 'write_change', 'apply_change', 'Command',
-           'label_of', 'labelled', 'write_command', 'read_command', 'browser_call', 'phrases', 'possible_actions',
-           'state_of', 'WebMapper']
+           'WebPage', 'read_page', 'read_element', 'WebState', 'parse_state', 'page_lines', 'write_change',
+           'apply_change', 'Command', 'label_of', 'labelled', 'write_command', 'read_command', 'browser_call',
+           'phrases', 'possible_actions', 'state_of', 'WebMapper']
 
 # %% ../../nbs/environments/15b_web_state.ipynb #d86b081a
 FIELDS = ("textbox", "searchbox", "spinbutton", "Date", "InputTime")
@@ -184,6 +184,16 @@ def parse_state(
     task, page, last = (line.partition(": ")[2] for line in (*lines[:2], lines[-1]))
     return WebState(task, page, body, last)
 
+# %% ../../nbs/environments/15b_web_state.ipynb #fb809a71
+def page_lines(
+    elements: Sequence[Element],  # of a page
+) -> list[str]:
+    """The lines that a state shows; too many are counted."""
+    lines = [element.text() for element in elements]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"text: {len(lines) - MAX_LINES + 1} more elements"]
+    return lines
+
 # %% ../../nbs/environments/15b_web_state.ipynb #b7c04229
 def write_change(
     state: str,
@@ -326,7 +336,8 @@ def browser_call(
     elements: Sequence[Element],  # of the page that the action is meant for
 ) -> tuple[str, str]:  # BrowserGym's call, and why there is none
     """An action as BrowserGym runs it; '' with the reason if it can have no effect."""
-    command = read_command(action, [element.text() for element in elements])
+    command = read_command(action, page_lines(elements))  # a label that a state shows once means that line
+    command = command if command.number else read_command(action, [element.text() for element in elements])
     if command.verb == "":
         return "", "expected click, fill, choose with a label or number, answer, or a call of BrowserGym's webarena set"
     if command.verb in ("answer", "call"):
@@ -370,7 +381,7 @@ def possible_actions(
         if role in FIELDS:
             actions += [write_command(state.lines, "fill", number, phrase) for phrase in phrases(state.task)]
         elif role in LISTS:
-            options = rest.partition(" of ")[2].split()
+            options = rest.partition(" of ")[2].removesuffix(" …").split()
             actions += [write_command(state.lines, "choose", number, option) for option in options]
             answers.append(rest.partition(" of ")[0].rpartition(" ")[2])
         elif role == "text":
@@ -386,11 +397,8 @@ def state_of(
     task: str,
     page: WebPage,
 ) -> WebState:
-    """A page as a state; too many lines are counted, not shown."""
-    lines = [element.text() for element in page.elements]
-    if len(lines) > MAX_LINES:
-        lines = [*lines[: MAX_LINES - 1], f"text: {len(lines) - MAX_LINES + 1} more elements"]
-    return WebState(task, page.title or "untitled", lines)
+    """A page as a state."""
+    return WebState(task, page.title or "untitled", page_lines(page.elements))
 
 # %% ../../nbs/environments/15b_web_state.ipynb #0e4c5342
 class WebMapper:

@@ -31,8 +31,8 @@ from .web_state import WebMapper
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'OFFICIAL_SITES', 'TURNS', 'site_addresses', 'site_problem', 'readiness', 'official_python',
-           'official_configs', 'official_tasks', 'official_task', 'worker_request', 'expert', 'chosen_benchmark',
-           'build', 'PageMapper', 'web_environment']
+           'official_variables', 'official_configs', 'official_tasks', 'official_task', 'worker_request', 'expert',
+           'chosen_benchmark', 'build', 'PageMapper', 'web_environment']
 
 # %% ../../nbs/environments/15f_webarena.ipynb #e1138efa
 OFFICIAL: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -85,6 +85,12 @@ def official_python() -> str:  # path of a Python
     return os.environ.get("WEBARENA_PYTHON") or sys.executable
 
 
+def official_variables() -> dict[str, str]:  # name -> address, or 'todo'
+    """What workers of official tasks are told of every site, and of the homepage."""
+    names = [f"WA_{site.upper()}" for site in (*OFFICIAL_SITES, "homepage")]
+    return {name: os.environ.get(name) or "todo" for name in names}
+
+
 def official_configs(
     benchmark: str,  # a key of OFFICIAL
 ) -> list[dict[str, Any]]:  # in WebArena's format, placeholders as they are
@@ -115,10 +121,10 @@ def official_tasks(
 
 # %% ../../nbs/environments/15f_webarena.ipynb #d028a557
 def official_task(benchmark: str, config: Mapping[str, Any], split: str) -> Task:
-    """A task of WebArena; its kind and its world are its sites."""
+    """A task of WebArena, by the number that BrowserGym knows; its kind and its world are its sites."""
     sites = "+".join(config["sites"])
-    recipe = {"gym": f"browsergym/{benchmark}.{config['task_id']}", "package": f"browsergym.{benchmark}"}
-    name = f"{benchmark}.{config['task_id']}"
+    name = f"{benchmark}.{config.get('old_task_id', config['task_id'])}"
+    recipe = {"gym": f"browsergym/{name}", "package": f"browsergym.{benchmark}"}
     return Task(name, config["intent"], split=split, world_id=sites, task_type=sites, metadata=recipe)
 
 # %% ../../nbs/environments/15f_webarena.ipynb #a7650216
@@ -166,8 +172,7 @@ def build(
     config = config or EnvironmentConfig()
     benchmark = chosen_benchmark(config.data_dir)
     if benchmark != "generated":
-        tasks = partial(official_tasks, benchmark)
-        return web_environment(config, benchmark, tasks, TURNS["official"], official_python())
+        return web_environment(config, benchmark, partial(official_tasks, benchmark), TURNS["official"])
     built = web_environment(config, "webarena-generated", lru_cache(maxsize=None)(site_tasks), TURNS["embedded"])
     rules: dict[str, Any] = {"annotate": reasoning_trace, "verify": violations, "determined": is_determined}
     rules = rules if config.mapper else {}
@@ -180,7 +185,8 @@ class PageMapper(TranscriptMapper):
 
     def failed(self, e: Experience) -> bool:
         """Whether the last page comes with an error of the browser."""
-        return re.search(r" = url: \S+ error: ", e.next_state.rpartition("\n")[2]) is not None
+        start = " ".join(f"{e.action} = url:".split())
+        return re.match(rf"{re.escape(start)} \S+ error: ", e.next_state.rpartition("\n")[2]) is not None
 
 # %% ../../nbs/environments/15f_webarena.ipynb #ced62500
 def web_environment(
@@ -188,15 +194,17 @@ def web_environment(
     name: str,
     tasks: Callable[[str], Sequence[Task]],
     turns: int,  # where the config names no limit
-    python: str = sys.executable,  # of the workers
 ) -> Environment:
     """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps."""
-    pool, mapper = open_pool(config.browser, python), (WebMapper() if config.mapper else PageMapper())
+    official = name in OFFICIAL
+    pool = open_pool(config.browser, official_python(), official_variables()) if official else open_pool(config.browser)
+    mapper = WebMapper() if config.mapper else PageMapper()
     limit, most = config.max_episode_steps or turns, config.browsers
     play = WebPlay(pool, worker_request, mapper, limit)
 
     def make(slots: int) -> WebEnv:
         return WebEnv(slots, play, most)
 
-    known = {"max_turns": limit, "browser": os.path.basename(pool.settings.chromium)}
+    known: dict[str, Any] = {"max_turns": limit, "browser": os.path.basename(pool.settings.chromium)}
+    known |= {"digest": name} if official else {}
     return Environment(name, mapper, limit, tasks, make, info=known, max_slots=most)

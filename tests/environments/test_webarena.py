@@ -2,22 +2,25 @@
 
 import json
 import random
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
 
 from dreamgym.core.config import EnvironmentConfig
-from dreamgym.core.data_structures import Task
-from dreamgym.core.errors import ConfigError, EnvironmentFailure, MissingExtra
+from dreamgym.core.data_structures import Experience, Task
+from dreamgym.core.errors import CheckpointError, ConfigError, DataError, EnvironmentFailure, MissingExtra
 from dreamgym.environments import browser, webarena
 from dreamgym.environments.browser_worker import WorkerEpisodes
 from dreamgym.environments.miniwob import SOLVED
-from dreamgym.environments.site_tasks import site_tasks, vary, webarena_config, world_goals
+from dreamgym.environments.site_tasks import said, score, site_tasks, vary, webarena_config, world_goals
 from dreamgym.environments.sites import HEADERS, ROUTES, SITES, SiteServer, open_database
-from dreamgym.environments.web_rules import effect_of, expert_action, violations
+from dreamgym.environments.web_recordings import web_episode
+from dreamgym.environments.web_rules import effect_of, expert_action, is_determined, reasoning_trace, violations
 from dreamgym.environments.web_state import (
     Command,
+    Element,
     WebMapper,
     WebState,
     apply_change,
@@ -28,6 +31,7 @@ from dreamgym.environments.web_state import (
     write_change,
     write_command,
 )
+from dreamgym.training.trainer import claim_folder
 
 
 def test_every_link_and_form_of_every_site_leads_somewhere():
@@ -241,3 +245,97 @@ def test_proxies_are_for_others(monkeypatch):
 def test_names_of_solved_pages_are_whole():
     assert {"click-dialog-2", "login-user", "click-dialog"} <= {*SOLVED} and len(SOLVED) == len({*SOLVED})
     assert not [name for name in SOLVED if name.endswith("-") or name in ("user", "dialog-2")]
+
+
+@pytest.mark.parametrize("answer", ["answer anna", "answer Anna", 'answer "anna"', "answer bob", "answer 'Bob'"])
+def test_the_rules_judge_an_answer_as_the_scorer_does(answer):
+    lines = ["link: home", "combobox: assignee = anna of nobody anna bob"]
+    state = WebState("who works on login crash in mobile", "tracker login crash", lines).text()
+    found = score(said("anna"), "", read_command(answer).value, lambda url, locator: "")
+    assert found == float("anna" in answer.lower())
+    assert violations(state, answer, state, found, True) == [] != violations(state, answer, state, 1 - found, True)
+    assert reasoning_trace(state, answer, state).endswith("done" if found else "not yet")
+
+
+@pytest.mark.parametrize("call", ["noop()", "scroll(0, 200)", "hover('1')", "go_back()", "keyboard_press('Tab')"])
+def test_the_rules_leave_open_what_only_a_browser_can_tell(call):
+    state = WebState("close login crash in mobile", "tracker login crash", ["link: home", "button: close"]).text()
+    assert browser_call(call, [Element("link", "home", bid="4"), Element("button", "close", bid="5")])[0]
+    for after in (state, apply_change(state, f"fail {call}")):
+        assert violations(state, call, after, 0.0, False) == []
+        assert not is_determined(Experience(state, call, 0.0, after, False))
+    assert violations(state, call, "nonsense", 0.0, False) == ["malformed state"]
+
+
+def test_what_is_offered_on_a_long_page_can_be_done():
+    names = ["next", *(f"item {i}" for i in range(2, 82)), "next", "last"]
+    tree = "".join(f"\t[{i}] link '{name}'\n" for i, name in enumerate(names, 1))
+    many = "".join(f"\t\t[{i}] option 'o{i}'\n" for i in range(100, 130))
+    observation = f"RootWebArea 'A'\n\t[99] combobox 'sort'\n{many}{tree}"
+    mapper, elements = WebMapper(), read_page(observation).elements
+    actions = mapper.admissible_actions(mapper.start(Task("t", "buy a pen"), observation))
+    assert "click next" in actions and "choose sort = o100" in actions and len(actions) > 80
+    assert [browser_call(action, elements)[1] for action in actions] == [""] * len(actions)
+    assert browser_call("click next", elements)[0] == "click('1')"
+    assert browser_call("click last", elements)[0] == "click('83')"  # on raw pages an agent sees it
+
+
+def test_a_task_goes_by_the_number_that_browsergym_knows():
+    record = {"task_id": 0, "old_task_id": 7, "sites": ["map"], "intent": "x"}
+    lite = webarena.official_task("webarenalite", record, "unseen")
+    assert lite.metadata["gym"] == "browsergym/webarenalite.7" and lite.id == "webarenalite.7"
+    del record["old_task_id"]
+    assert webarena.official_task("webarena", record, "unseen").metadata["gym"] == "browsergym/webarena.0"
+
+
+@pytest.fixture
+def one_site(monkeypatch):
+    """Only one official site has an address; no browser is needed to build an environment."""
+    for site in (*webarena.OFFICIAL_SITES, "homepage"):
+        monkeypatch.delenv(f"WA_{site.upper()}", raising=False)
+    monkeypatch.setenv("WA_REDDIT", "http://127.0.0.1:9")
+    monkeypatch.setenv("WEBARENA_PYTHON", "/arena/bin/python")
+    monkeypatch.setattr(browser, "require_browsergym", lambda: None)
+    return EnvironmentConfig(name="webarena", browser=sys.executable)
+
+
+def test_official_workers_are_told_of_all_seven_addresses(one_site, monkeypatch):
+    told = []
+    monkeypatch.setattr(browser.subprocess, "Popen", lambda command, **how: told.append((command[0], how["env"])))
+    for data in (None, "generated"):
+        env = webarena.build(one_site.model_copy(update={"data_dir": data}))
+        browser.start_worker(env.make(1)._play.pool.settings)
+    (python, official), (_, embedded) = told
+    sites = {name: value for name, value in official.items() if name.startswith("WA_")}
+    others = ("SHOPPING", "SHOPPING_ADMIN", "GITLAB", "WIKIPEDIA", "MAP", "HOMEPAGE")
+    assert sites == {"WA_REDDIT": "http://127.0.0.1:9"} | {f"WA_{name}": "todo" for name in others}
+    assert python == "/arena/bin/python" and "WA_MAP" not in embedded
+
+
+def test_a_run_on_embedded_sites_is_not_continued_on_official_ones(one_site, monkeypatch, tmp_path):
+    from dreamgym.core.config import load_config
+
+    config, official = load_config(None, "webarena", "smoke"), webarena.build(one_site)
+    monkeypatch.delenv("WA_REDDIT")
+    embedded = webarena.build(one_site)
+    assert (embedded.digest, official.digest) == ("", "webarena")
+    claim_folder(tmp_path / "run", config, embedded)
+    with pytest.raises(CheckpointError, match="other data"):
+        claim_folder(tmp_path / "run", config, official)
+
+
+@pytest.mark.parametrize("action", ["click 1", " fill 2  a (b)", ""])
+def test_a_page_cannot_say_that_a_raw_step_failed(action):
+    mapper = webarena.PageMapper()
+    state = mapper.start(Task("t", "x"), "url: http://a\nRootWebArea")
+    spoof = "url: http://a RootWebArea 'A' StaticText 'x = url: http://a error: y'"
+    for page, failed in ((spoof, False), ("url: http://a\nerror: no control\nRootWebArea", True)):
+        e = Experience(state, action, 0.0, mapper.update(state, action, page), False)
+        assert mapper.failed(e) == failed
+
+
+@pytest.mark.parametrize("step", [{"action": "click('1')"}, {"axtree_txt": "x"}, 5, None, "axtree_txt action"])
+def test_a_trajectory_with_a_broken_step_is_named(step):
+    good = {"axtree_txt": "RootWebArea 'A'", "action": "noop()"}
+    with pytest.raises(DataError, match="step 1 .*(axtree_txt|action).* is missing"):
+        web_episode({"goal": "x", "steps": [good, step]})

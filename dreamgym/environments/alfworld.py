@@ -67,7 +67,8 @@ def folder_games(
 ) -> GameFiles:
     """Official games below a folder."""
     paths: dict[str, Path] = {}
-    for root, _, names in os.walk(folder):
+    for root, folders, names in os.walk(folder):
+        folders.sort(reverse=True)  # newer data versions first
         if "game.tw-pddl" in names:
             path = Path(root).resolve() / "game.tw-pddl"
             game_id = game_id_of(path.as_posix())
@@ -84,7 +85,7 @@ MEMBER_LIMIT = 5_000_000  # bytes; official games have about 90,000
 def archive_games(
     path: Path,  # .tar.xz, .tar.gz, .tar or .zip
 ) -> GameFiles:
-    """Official games in an archive. Raises DataError if it is truncated, unsafe, or no archive."""
+    """Official games in an archive. Raises DataError if it is truncated, locked, unsafe, or no archive."""
     store: dict[str, bytes] = {}
     versions: set[str] = set()
     try:
@@ -97,9 +98,9 @@ def archive_games(
             if game_id and game_id not in store:
                 store[game_id] = zlib.compress(content(), 1)
                 versions |= {part for part in name.split("/") if part.startswith("json_")}
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError, zlib.error) as error:
-        message = f"{path}: the archive is truncated or broken ({type(error).__name__}: {error}); get a whole copy"
-        raise DataError(message) from error
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError, zlib.error, RuntimeError) as error:
+        message = f"truncated or broken, or locked or packed in another way ({type(error).__name__}: {error})"
+        raise DataError(f"{path}: the archive is {message}; get a whole copy, or unpack it") from error
     version = min(versions) if len(versions) == 1 else "unknown"
     return GameFiles(str(path), version, tuple(sorted(store)), lambda game_id: zlib.decompress(store[game_id]))
 

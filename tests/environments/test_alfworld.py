@@ -182,6 +182,37 @@ def test_truncated_zip_and_no_archive_at_all(tmp_path):
         find_games(path)
 
 
+@pytest.mark.parametrize("offset, value, said", [(6, 1, "encrypted"), (8, 99, "NotImplementedError")])
+def test_locked_zips_and_unknown_compression(tmp_path, offset, value, said):
+    path = tmp_path / "games.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(names()[0], file_of(0))
+    content = bytearray(path.read_bytes())
+    content[offset] = content[content.index(b"PK\1\2") + offset + 2] = value  # in the member's head and in the list
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"games.zip.*{said}.*get a whole copy"):
+        find_games(path)
+
+
+def test_of_two_data_versions_the_newer_is_read(tmp_path, monkeypatch):
+    """In whatever order the file system lists them."""
+    name, walk = names()[0], alfworld.os.walk
+    for number, version in enumerate(("json_2.1.1", "json_2.1.2")):
+        path = tmp_path / version / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(file_of(number))
+    for backwards in (False, True):
+
+        def listed(top, backwards=backwards):
+            for root, folders, files in walk(top):
+                folders.sort(reverse=backwards)
+                yield root, folders, files
+
+        monkeypatch.setattr(alfworld.os, "walk", listed)
+        found = find_games(tmp_path)
+        assert found.version == "json_2.1.2" and found.read(name) == file_of(1)
+
+
 @pytest.mark.parametrize("name", ["../../evil/a/b/game.tw-pddl", "/etc/a/b/game.tw-pddl", "train/../../b/game.tw-pddl"])
 def test_members_that_point_outside(tmp_path, name):
     path = pack(tmp_path / "games.tar.xz", [(names()[0], file_of(0)), (name, b"{}")])

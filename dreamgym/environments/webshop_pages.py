@@ -203,7 +203,6 @@ class ShopEngine:
             return page_text(self.shop, self.visit, self.goal.instruction), 0.0, False, None
         product = self.shop.product(self.visit.asin)
         purchase = product, self.goal, exact_price(product), self.visit.chosen
-        reward, self.parts = purchase_reward(*purchase, self.shop.nouns)
-        self.reward = min(reward, 1.0)
+        self.reward, self.parts = purchase_reward(*purchase, self.shop.nouns)
         text = f"Thank you for shopping with us! [SEP] Your score (min 0.0, max 1.0) [SEP] {self.reward}"
         return text, self.reward, True, None

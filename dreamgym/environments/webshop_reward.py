@@ -135,17 +135,12 @@ def matched_attributes(
 
 
 def matched_options(
-    product: Product,
     wanted: Sequence[str],  # values
     chosen: Mapping[str, str],  # option -> value
 ) -> int:
-    """How many of the chosen options are wanted, or named by the product's own texts."""
-    wishes, count = [basic_color(value) for value in wanted], 0
-    for name, value in chosen.items():
-        value = basic_color(value)
-        hit = value in wishes if name.lower() == "size" else any(alike(wish, value) for wish in wishes)
-        count += hit or says(product, value)
-    return count
+    """How many of the wanted values were chosen."""
+    have = [basic_color(value) for value in chosen.values()]
+    return sum(any(alike(value, basic_color(w)) for value in have) for w in wanted)
 
 # %% ../../nbs/environments/13b_webshop_reward.ipynb #a17baca5
 def purchase_reward(
@@ -155,10 +150,10 @@ def purchase_reward(
     chosen: Mapping[str, str],  # option -> value
     nouns: Nouns = plain_nouns,
 ) -> tuple[float, dict[str, Any]]:  # reward, and its parts in WebShop's names
-    """WebShop's reward of a purchase. Options that nobody wants but the texts name can take it above 1."""
+    """WebShop's reward of a purchase, from 0 to 1."""
     info = type_reward(product, goal, nouns)
     n_att = matched_attributes(product, goal.attributes)
-    n_opt = matched_options(product, goal.options, chosen)
+    n_opt = matched_options(goal.options, chosen)
     info |= {"r_att": n_att / len(goal.attributes)} if goal.attributes else {}
     info |= {"r_option": n_opt / len(goal.options)} if goal.options else {}
     info |= {"r_price": price <= goal.price_upper}

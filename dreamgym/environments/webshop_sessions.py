@@ -128,8 +128,7 @@ def recomputed_parts(
     """The logged parts of a reward beside ours, where the log holds what they need."""
     goal, info, content = logged_goal(page), page["reward_info"], page["content"]
     weight = type_weight(info["query_match"], info["category_match"], info["title_score"])
-    bare = Product(content["asin"], "", (content["price"],), "", "", {}, ())
-    n_opt = matched_options(bare, goal.options, content["options"])
+    n_opt = matched_options(goal.options, content["options"])
     cheap = content["price"] <= goal.price_upper
     total = info["r_att"] * len(goal.attributes) + info.get("r_option", 0.0) * len(goal.options) + cheap
     found = {"r_type": (info["r_type"], weight), "r_price": (float(info["r_price"]), float(cheap))}

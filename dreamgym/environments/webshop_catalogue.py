@@ -20,9 +20,9 @@ from .webshop_pages import Shop, open_shop
 from .webshop_products import Product, ShopGoal, synthetic_goals
 
 # %% auto #0
-__all__ = ['DEPARTMENTS', 'TYPES', 'SHOP_SIZES', 'DEAR', 'SHOP_BASE', 'SEEN_SHARE', 'Department', 'catalogue_nouns', 'ShopSize',
-           'shop_size', 'department_of', 'make_catalogue', 'shop_asin', 'shop_goals', 'generated_shop', 'shop_task',
-           'shop_tasks', 'goal_of', 'vary_goal', 'feasible_goals']
+__all__ = ['DEPARTMENTS', 'TYPES', 'ATTRIBUTES', 'SHOP_SIZES', 'DEAR', 'SHOP_BASE', 'SEEN_SHARE', 'Department', 'catalogue_nouns',
+           'ShopSize', 'shop_size', 'department_of', 'make_catalogue', 'shop_asin', 'shop_goals', 'generated_shop',
+           'shop_task', 'shop_tasks', 'goal_of', 'vary_goal', 'feasible_goals']
 
 # %% ../../nbs/environments/13d_webshop_catalogue.ipynb #2795b93f
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ DEPARTMENTS = {
     ),
 }
 TYPES = frozenset(kind for department in DEPARTMENTS.values() for kind in department.types)
+ATTRIBUTES = frozenset(word for department in DEPARTMENTS.values() for word in department.attributes)
 
 
 def catalogue_nouns(title: str) -> list[str]:

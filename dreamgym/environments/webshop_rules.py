@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .webshop_catalogue import TYPES
+from .webshop_catalogue import ATTRIBUTES, TYPES
 from .webshop_pages import PER_PAGE
 from .webshop_state import ShopState, advance, needs_look, read_state, request_words, understood
 
@@ -38,10 +38,11 @@ def read_wish(
 ) -> Wish | None:  # None: an instruction of another kind
     """The goal that an instruction names."""
     match = _WISH.fullmatch(task)
-    if not match or match[2] not in TYPES:
+    words = tuple(match[1].split(", ")) if match else ()
+    if not match or match[2] not in TYPES or not ATTRIBUTES.issuperset(words):
         return None
     options = dict(part.split(": ") for part in match[3].split("; ")[1:])
-    return Wish(match[2], tuple(match[1].split(", ")), options, float(match[4] or 1_000_000))
+    return Wish(match[2], words, options, float(match[4] or 1_000_000))
 
 # %% ../../nbs/environments/13f_webshop_rules.ipynb #64bf24ba
 @dataclass(frozen=True, slots=True)

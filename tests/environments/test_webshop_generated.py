@@ -12,7 +12,8 @@ from dreamgym.core.language_model import train_tokenizer
 from dreamgym.environments.base_env import check_env, make_environment
 from dreamgym.environments.offline import EXPERT, RANDOM, record
 from dreamgym.environments.webshop_catalogue import goal_of, make_catalogue, shop_goals, shop_tasks
-from dreamgym.environments.webshop_state import apply_change, read_state
+from dreamgym.environments.webshop_rules import read_wish
+from dreamgym.environments.webshop_state import apply_change, read_state, short_task
 from dreamgym.models.curriculum_generator import variation
 from dreamgym.models.reasoning_model import parse_target, render_target
 from dreamgym.training.play import dreamable
@@ -81,6 +82,17 @@ def test_rules_never_accuse_reality(small, rows):
         assert full.verify(row.state, row.action, row.next_state, row.reward, row.terminated) == []
     kinds = Counter(small.determined(row) for row in rows)
     assert kinds[True] > 0.3 * len(rows)
+
+
+def test_only_generated_requests_are_read_as_wishes():
+    for size in ("small", "full"):
+        assert all(read_wish(short_task(task.instruction)) for task in shop_tasks("unseen", size)[:50])
+    for text in (
+        "i am looking for a black dress",
+        "i need a s20 tv sound bar and a wireless speaker",
+        "slim, tall shirt",
+    ):
+        assert read_wish(short_task(f"{text}, and price lower than 40.00 dollars")) is None
 
 
 def test_determined_steps_are_determined(small, rows):

@@ -5,7 +5,7 @@
 # %% ../../nbs/environments/13g_webshop.ipynb #915f5ef5
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -19,7 +19,7 @@ from .webshop_pages import ShopEngine, clickables, clicked, open_shop, read_acti
 from .webshop_products import ShopFiles, ShopGoal, read_shop
 from .webshop_reward import alike, basic_color, plain_nouns, spacy_nouns
 from .webshop_rules import is_determined, read_wish, shop_reasoning, shop_violations, shopper
-from .webshop_state import ShopMapper, plain, read_state, request_words, searches, short_task
+from .webshop_state import ShopMapper, plain, read_state, request_words, searches, shown_clicks
 
 # %% auto #0
 __all__ = ['TURNS', 'ShopVisit', 'WebShopEnv', 'oracle_action', 'wanted_value', 'expert', 'split_range', 'official_shop_tasks',
@@ -116,12 +116,13 @@ def expert(
     titles_tell: bool = True,
 ) -> str:
     """Next action of the careful shopper in a slot; of the oracle where the instruction or the page is beyond it."""
-    engine = env.engine(slot)
-    wish = read_wish(short_task(engine.goal.instruction))
-    action = None
-    if wish and env.state(slot).startswith("task: "):
-        action = shopper(read_state(env.state(slot)), wish, titles_tell)
-    return action or oracle_action(engine)
+    try:
+        state = read_state(env.state(slot))
+    except ValueError:  # raw pages
+        return oracle_action(env.engine(slot))
+    wish = read_wish(state.task)
+    action = shopper(state, wish, titles_tell) if wish else None
+    return action or oracle_action(env.engine(slot))
 
 # %% ../../nbs/environments/13g_webshop.ipynb #bb044735
 def split_range(
@@ -144,8 +145,11 @@ def official_shop_tasks(
     files: ShopFiles,
     split: str,
 ) -> TaskList:
-    """The tasks of a split of official goals. All are in one world: the shop."""
+    """The tasks of a split of official goals. All are in one world: the shop. Raises DataError for an empty split."""
     where = split_range(split, len(files.goals))
+    if not where:
+        message = f"{len(files.goals)} goals leave none for split {split!r}; get instructions for these products"
+        raise DataError(f"{files.where}: {message}")
 
     def make(at: int) -> Task:
         goal, number = files.goals[where[at]], where[at]
@@ -186,12 +190,15 @@ def generated_engine(task: Task) -> ShopEngine:
 class PageMapper(TranscriptMapper):
     """Raw pages as the state."""
 
+    def __init__(self, option_names: Collection[str] = ()):  # of the catalogue
+        super().__init__()
+        self.option_names = frozenset(option_names)
+
     def failed(self, e: Experience) -> bool:
         """Whether a page stayed because the action names nothing on it; a chosen option does not show on it either."""
         (verb, name), before, after = read_action(e.action), *(s.rpartition("\n")[2] for s in (e.state, e.next_state))
         same = before.endswith(after.removeprefix(f"{' '.join(e.action.split())} = "))
-        parts = [part.strip().lower() for part in before.split("[SEP]")]
-        return same and (not name or (verb == "click" and clicked(name, parts) is None))
+        return same and (not name or (verb == "click" and not clicked(name, shown_clicks(before, self.option_names))))
 
 # %% ../../nbs/environments/13g_webshop.ipynb #cac11c01
 def build(
@@ -206,7 +213,7 @@ def build(
     max_turns = config.max_episode_steps or TURNS
     parts = official_parts(config) if found else generated_parts(config)
     own = parts.pop("mapper")
-    mapper: StateMapper = own if config.mapper else PageMapper()
+    mapper: StateMapper = own if config.mapper else PageMapper(own.option_names)
     engine_of, tell = parts.pop("engine_of"), parts.pop("titles_tell")
     parts |= rules_of_shops(tell) if config.mapper else {}
     if config.mapper and "feasible" in parts:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import lzma
 import random
 import re
@@ -17,9 +18,12 @@ from typing import Any
 
 from ..core.errors import DataError
 
+log = logging.getLogger(__name__)
+
 # %% auto #0
-__all__ = ['FILES', 'HUMAN', 'Product', 'ShopGoal', 'read_price', 'read_options', 'read_product', 'read_json', 'read_products',
-           'exact_price', 'price_limit', 'make_goal', 'synthetic_goals', 'human_goals', 'ShopFiles', 'read_shop']
+__all__ = ['log', 'FILES', 'HUMAN', 'ENOUGH', 'Product', 'ShopGoal', 'read_price', 'read_options', 'read_product', 'read_json',
+           'read_products', 'exact_price', 'price_limit', 'make_goal', 'synthetic_goals', 'human_goals', 'ShopFiles',
+           'read_goals', 'read_shop']
 
 # %% ../../nbs/environments/13_webshop_products.ipynb #ac748dfc
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,7 @@ class ShopFiles:
 
 FILES = {"products": ("items_shuffle*.json*", "products*.json*"), "attributes": ("items_ins_v2*.json*",)}
 HUMAN = ("items_human_ins*.json*",)
+ENOUGH = 2_000  # human goals: 500 for tests, 1,000 for validation, the rest for training
 
 
 def _first(folder: Path, patterns: Sequence[str]) -> Path | None:
@@ -204,6 +209,24 @@ def _first(folder: Path, patterns: Sequence[str]) -> Path | None:
     return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 # %% ../../nbs/environments/13_webshop_products.ipynb #e0dcf622
+def read_goals(
+    products: Sequence[Product],
+    made: Mapping[str, Mapping[str, Any]],  # items_ins_v2: asin -> {'instruction': …}
+    written: Mapping[str, Sequence[Mapping[str, Any]]],  # items_human_ins: asin -> rows
+) -> tuple[list[ShopGoal], str]:  # in the products' order, 'human' or 'synthetic'
+    """Human goals where there are enough of them or no others, else synthetic ones. Raises KeyError or TypeError."""
+    human = [goal for product in products for goal in human_goals(product, written.get(product.asin, ()))]
+    if len(human) >= ENOUGH:
+        return human, "human"
+    rows = [(product, made.get(product.asin, {})) for product in products]
+    rows = [(product, row) for product, row in rows if row.get("instruction")]
+    synthetic = [g for p, r in rows for g in synthetic_goals(p, r["instruction"], r["instruction_attributes"])]
+    if written and synthetic:
+        counts = len(human), len(synthetic), ENOUGH
+        log.warning("webshop: %d human goals for these products; taking %d synthetic ones (%d are enough)", *counts)
+    return (human, "human") if human and not synthetic else (synthetic, "synthetic")
+
+# %% ../../nbs/environments/13_webshop_products.ipynb #d6b6ed40
 def read_shop(
     folder: str | Path,  # with items_shuffle_1000.json, items_ins_v2_1000.json and, if at hand, items_human_ins.json
 ) -> ShopFiles:
@@ -219,14 +242,8 @@ def read_shop(
     products = read_products(read_json(Path(str(found["products"])), list), attributes, str(found["products"]))
     human = _first(where, HUMAN)
     try:
-        if human:
-            written = read_json(human, dict)
-            goals = [goal for p in products for goal in human_goals(p, written.get(p.asin, ()))]
-        else:
-            rows = [(p, attributes.get(p.asin, {})) for p in products]
-            rows = [(p, row) for p, row in rows if row.get("instruction")]
-            goals = [g for p, r in rows for g in synthetic_goals(p, r["instruction"], r["instruction_attributes"])]
+        goals, kind = read_goals(products, attributes, read_json(human, dict) if human else {})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: an instruction is malformed ({type(error).__name__}: {error})") from error
     random.Random(233).shuffle(goals)
-    return ShopFiles(str(where), products, goals, "human" if human else "synthetic")
+    return ShopFiles(str(where), products, goals, kind)

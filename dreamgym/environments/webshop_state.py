@@ -16,8 +16,9 @@ from .webshop_search import STOP_WORDS
 
 # %% auto #0
 __all__ = ['FILLER', 'ShopState', 'apply_line', 'turn_to', 'read_state', 'tied', 'plain', 'short_prices', 'short_task',
-           'read_results', 'read_item', 'request_words', 'searches', 'possible_clicks', 'possible_shop_actions',
-           'understood', 'advance', 'needs_look', 'look', 'state_change', 'apply_change', 'shop_facts', 'ShopMapper']
+           'read_results', 'read_item', 'request_words', 'searches', 'possible_clicks', 'shown_clicks',
+           'possible_shop_actions', 'understood', 'advance', 'needs_look', 'look', 'state_change', 'apply_change',
+           'shop_facts', 'ShopMapper']
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #a571bbb6
 @dataclass
@@ -189,8 +190,10 @@ def read_item(
     for part in parts[parts.index("< Prev") + 1 : end - 1]:
         if part in names and part not in options:
             values = options[part] = []
-        else:
+        elif options:
             values.append(tied(part))
+        else:
+            raise ValueError(f"webshop: expected the name of an option, got {part!r}")
     return {name: tuple(values) for name, values in options.items()}
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #dbf85b9c
@@ -225,6 +228,26 @@ def possible_clicks(state: ShopState) -> list[str]:
         return ["back to search", "< prev"]
     values = dict.fromkeys(value for values in state.options.values() for value in values)
     return ["back to search", "< prev", *values, *SUB_PAGES, "buy now"]
+
+# %% ../../nbs/environments/13e_webshop_state.ipynb #eaa2bbd1
+def shown_clicks(
+    page: str,  # raw, as a shop shows it or a model writes it
+    option_names: Collection[str],  # of the catalogue
+) -> list[str]:  # as `possible_clicks`
+    """What can be clicked on a page; nothing where it cannot be read."""
+    parts, state = re.split(r" ?\[SEP\] ?", page), ShopState("")
+    try:
+        below = parts[parts.index("Back to Search") + 1 :]
+        if below[0].startswith("Page "):
+            state.page = "results"
+            state.number, state.pages, state.results = read_results(below)
+        elif below[-1] == "Buy Now":
+            state.page, state.options = "item", read_item(below, option_names)
+        else:
+            state.page = SUB_PAGES[0]  # all are alike
+    except (ValueError, IndexError):
+        return []
+    return possible_clicks(state)
 
 # %% ../../nbs/environments/13e_webshop_state.ipynb #e6044537
 def possible_shop_actions(state: ShopState) -> list[str]:

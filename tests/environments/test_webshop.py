@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from dreamgym.core.config import EnvironmentConfig
-from dreamgym.core.data_structures import Task
+from dreamgym.core.data_structures import Experience, Task
 from dreamgym.core.errors import ConfigError, DataError
-from dreamgym.environments.base_env import check_env, make_environment
+from dreamgym.environments.base_env import check_env, had_effect, make_environment
 from dreamgym.environments.offline import EXPERT, RANDOM, record
 from dreamgym.environments.webshop import build, oracle_action
+from dreamgym.environments.webshop_catalogue import make_catalogue
 from dreamgym.environments.webshop_pages import ShopEngine, indexed_text, open_shop
-from dreamgym.environments.webshop_products import Product, exact_price, read_shop
-from dreamgym.environments.webshop_reward import plain_nouns, purchase_reward, similarity, type_reward
+from dreamgym.environments.webshop_products import Product, ShopGoal, exact_price, read_shop
+from dreamgym.environments.webshop_reward import matched_options, plain_nouns, purchase_reward, similarity, type_reward
 from dreamgym.environments.webshop_search import Bm25Index, stored_length, terms
 from dreamgym.environments.webshop_sessions import recomputed_parts, replay_session
 
@@ -83,8 +84,6 @@ def test_search_is_the_formula(files):
 def test_search_against_lucene(root):
     """The ten best of 195 queries over 487 generated products, as Anserini 0.22.1 (Lucene 9.5) ranks them."""
     recorded = json.loads((Path(root) / "tests" / "data" / "webshop_lucene.json").read_text())
-    from dreamgym.environments.webshop_catalogue import make_catalogue
-
     texts, names = [], []
     for seed in recorded["shops"]:
         for product in make_catalogue(seed, "full"):
@@ -131,14 +130,39 @@ def test_reward_counts_each_part():
         "",
         ("machine wash",),
     )
-    from dreamgym.environments.webshop_products import ShopGoal
-
     goal = ShopGoal("B1", "", ("slim fit", "machine wash"), ("navy", "x"), 30.0, "Slim Shirt", "shirts", "A › B › C")
     reward, parts = purchase_reward(product, goal, 30.0, {"color": "dark navy"}, plain_nouns)
     # 'dark' comes before 'navy' in WebShop's list of colours, so 'dark navy' is 'dark' and no match
     assert reward == pytest.approx(3 / 5) and parts["r_option"] == 0
     assert purchase_reward(product, goal, 30.01, {"color": "navy"}, plain_nouns)[0] == pytest.approx(3 / 5)
-    assert purchase_reward(product, goal, 30.0, {"size": "NAVY"}, plain_nouns)[0] == pytest.approx(3 / 5)
+    assert purchase_reward(product, goal, 30.0, {"size": "NAVY"}, plain_nouns)[0] == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize(
+    "wanted, chosen, matches",
+    [  # the first five are WebShop's own
+        (["grey", "XL", "pack of 12"], ["pack of 12", "grey", "XL"], 3),
+        (["grey", "XL", "pack of 12"], ["pack of 12", "blue", "XL"], 2),
+        (["cool powder snow", "XL", "pack of 12"], ["pack of 12", "powder snow", "XL"], 3),
+        ([], ["goal 1", "goal 2"], 0),
+        (["goal 1", "goal 2"], [], 0),
+        (["blue"], ["navy blue", "light blue", "blue"], 1),  # each wish once
+        (["10"], ["10 wide"], 1),  # sizes are phrases like all others
+    ],
+)
+def test_options_that_count(wanted, chosen, matches):
+    assert matched_options(wanted, {f"option {i}": value for i, value in enumerate(chosen)}) == matches
+
+
+def test_a_wrong_option_that_the_title_names_is_wrong():
+    texts = {"description": "Also in 7 and 9", "features": ("7 holes",)}
+    shoe = Product("B1", "Loafers 7", (30.0,), "loafers", "A › B", {"size": ("7", "8")}, ("soft",), **texts)
+    goal = ShopGoal("B1", "", ("soft",), ("8",), 40.0, shoe.title, shoe.query, shoe.category)
+    reward, parts = purchase_reward(shoe, goal, 30.0, {"size": "7"})
+    assert parts["r_option"] == 0 and reward == pytest.approx(2 / 3)
+    assert purchase_reward(shoe, goal, 30.0, {"size": "8"})[0] == 1
+    goal = ShopGoal("B1", "", ("soft",), (), 40.0, shoe.title, shoe.query, shoe.category)
+    assert purchase_reward(shoe, goal, 30.0, {"size": "7"})[0] == 1  # never above
 
 
 def test_nine_human_sessions_are_replayed(test_data):
@@ -185,6 +209,118 @@ def test_raw_observations_too(files):
     assert re.search(
         r"Back to Search \[SEP\] Page 1 \(Total results: \d+\) \[SEP\] Next > \[SEP\] B", after.observation
     )
+
+
+@pytest.fixture
+def own_shop(tmp_path):
+    """Four products in WebShop's files, with instructions made by rule and by people as asked for -> (folder, products)."""
+    products = make_catalogue(1)[:4]
+
+    def write(made, human):
+        texts = {
+            "description": "full_description",
+            "category": "product_category",
+            "title": "name",
+            "price_tag": "pricing",
+        }
+        rows = [{theirs: getattr(p, ours) for ours, theirs in texts.items()} for p in products]
+        more = [{"asin": p.asin, "query": p.query, "options": dict(p.options)} for p in products]
+        (tmp_path / "items_shuffle_4.json").write_text(json.dumps([a | b for a, b in zip(rows, more, strict=True)]))
+        ins = {p.asin: {"attributes": list(p.attributes)} for p in products}
+        for p in products[:made]:
+            ins[p.asin] |= {"instruction": f"Find me {p.query}", "instruction_attributes": [p.attributes[0]]}
+        (tmp_path / "items_ins_v2_4.json").write_text(json.dumps(ins))
+        asked = {}
+        for asin, p in [*((p.asin, p) for p in products), *((f"X{i}", products[0]) for i in range(9))]:
+            said = {"instruction": f"i am looking for a {p.attributes[0]} {p.query}."}
+            asked[asin] = [said | {"instruction_attributes": [p.attributes[0]], "instruction_options": []}]
+        kept = {asin: asked[asin] for asin in human}
+        (tmp_path / "items_human_ins.json").write_text(json.dumps(kept))
+        return str(tmp_path), products
+
+    return write
+
+
+def test_few_human_goals_do_not_replace_the_synthetic_ones(own_shop, caplog, monkeypatch):
+    """setup.sh always leaves people's instructions, of which few are for the 1,000 products."""
+    foreign = [f"X{i}" for i in range(9)]
+    folder, products = own_shop(4, foreign)
+    found = read_shop(folder)
+    assert found.kind == "synthetic" and len(found.goals) > 4 and "0 human goals" in caplog.text
+    folder, _ = own_shop(4, [*foreign, products[0].asin])
+    assert read_shop(folder).kind == "synthetic" and "1 human goals" in caplog.text
+    assert f"{len(found.goals)} synthetic" in caplog.text
+    monkeypatch.setattr("dreamgym.environments.webshop_products.ENOUGH", 1)
+    assert [goal.asin for goal in read_shop(folder).goals] == [products[0].asin]
+
+
+def test_a_split_without_goals_is_an_error(own_shop):
+    folder, _ = own_shop(0, ["X0"])
+    env = build(EnvironmentConfig(name="webshop", data_dir=folder))
+    for split in ("unseen", "valid", "train", "seen"):
+        with pytest.raises(DataError, match=f"0 goals leave none for split '{split}'"):
+            env.tasks(split)
+    folder, products = own_shop(0, [])
+    folder, _ = own_shop(0, [p.asin for p in products[:3]])
+    env = build(EnvironmentConfig(name="webshop", data_dir=folder))
+    assert len(env.tasks("train")) == 3
+    with pytest.raises(DataError, match="3 goals leave none for split 'unseen'"):
+        env.tasks("unseen")
+
+
+def test_the_expert_buys_what_people_ask_for(own_shop):
+    """Their words are no generated wish: the oracle acts, and the rules accuse nobody."""
+    folder, products = own_shop(0, [])
+    folder, _ = own_shop(0, [p.asin for p in products])
+    env = build(EnvironmentConfig(name="webshop", data_dir=folder))
+    episodes = record(env, [env.tasks(split)[0] for split in ("unseen", "valid", "train", "seen")], EXPERT)
+    assert env.info["instructions"] == "human" and all(episode[-1].success for episode in episodes)
+    for row in (row for episode in episodes for row in episode):
+        assert env.verify(row.state, row.action, row.next_state, row.reward, row.terminated) == []
+
+
+@pytest.mark.parametrize("data", ["official", "generated"])
+def test_raw_pages_tell_what_can_be_clicked(data, request):
+    """Each text on each kind of page is clicked for real."""
+    where = request.getfixturevalue("files").where if data == "official" else "generated"
+    env = make_environment("webshop", EnvironmentConfig(name="webshop", data_dir=where, mapper=False))
+    batch, task, seen = env.make(1), env.tasks("unseen")[3], set()
+
+    def after(*actions):
+        (result,) = batch.reset([0], [task])
+        for action in actions:
+            (result,) = batch.step([0], [action])
+        return result
+
+    after()
+    goal = batch.engine(0).goal
+    found = (f"search[{goal.name}]",)
+    product = (*found, f"click[{goal.asin.lower()}]")
+    for way in ((), found, (*found, "click[next >]"), product, (*product, "click[features]")):
+        for text in dict.fromkeys([*after(*way).observation.split(" [SEP] "), "no such thing"]):
+            before, action = after(*way), f"click[{' '.join(text.lower().split())}]"
+            (result,) = batch.step([0], [action])
+            works = had_effect(Experience(before.state, action, 0.0, result.state, result.done), env.mapper)
+            assert works == (result.info["action_error"] is None), (action, before.observation)
+            seen.add((batch.engine(0).visit.page, works))
+    assert {("search", False), ("results", False), ("item", True), ("item", False), ("bought", True)} <= seen
+
+
+def test_a_raw_page_that_nobody_can_read_has_no_clicks():
+    env = build(EnvironmentConfig(name="webshop", mapper=False))
+    for page in (
+        "Back to Search",
+        "Back to Search [SEP] Page one [SEP] x",
+        "Back to Search [SEP] < Prev [SEP] hue [SEP] Buy Now",
+    ):
+        state = f"task: x\nWebShop\nsearch[x] = {page}"
+        e = Experience(state, "click[hue]", 0.0, env.mapper.merge(state, f"click[hue] = {page}"), False)
+        assert not had_effect(e, env.mapper)
+
+
+def test_the_expert_plays_on_raw_pages():
+    env = build(EnvironmentConfig(name="webshop", mapper=False))
+    assert all(episode[-1].success for episode in record(env, env.tasks("unseen")[:4], EXPERT))
 
 
 # ---- bad input

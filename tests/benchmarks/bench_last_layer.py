@@ -98,7 +98,8 @@ def report(name: str, examples: Sequence[Example], found: Sequence[tuple[float, 
     (slow, a), (fast, b) = found
     prompt, answer = (sum(map(len, part)) / len(examples) for part in zip(*examples, strict=True))
     print(
-        f"{name:27} {prompt:6.0f} {answer:7.1f} {slow:9.1f} {fast:9.1f} {slow / fast:14.2f}  {a:.6f} {b:.6f}", flush=True
+        f"{name:27} {prompt:6.0f} {answer:7.1f} {slow:9.1f} {fast:9.1f} {slow / fast:14.2f}  {a:.6f} {b:.6f}",
+        flush=True,
     )
 
 

@@ -32,7 +32,7 @@ class CostLimit(LLMError):
 # %% ../../nbs/core/04a_ledger.ipynb #2954d747
 @dataclass(slots=True)
 class Ledger:
-    """Calls, tokens, faults and cost of one client; its fields restore it (`Ledger(**asdict(ledger))`)."""
+    """Calls, tokens, faults and cost of one client."""
 
     price_input: float = 0.0  # USD per million prompt tokens
     price_output: float = 0.0  # USD per million completion tokens

@@ -176,11 +176,13 @@ def fit_reply(
     reply: Reply,
     schema: Mapping[str, Any] | None,  # of its request
 ) -> Reply:  # with clean JSON as text, or with `error` set
-    """The reply held against the schema of its request."""
+    """The reply held against the schema of its request; one that was cut off keeps its stop reason, and says so."""
     if schema is None or reply.error:
         return reply
     try:
         value = read_structured(reply.text, schema)
         return replace(reply, text=clean_text(json.dumps(value, ensure_ascii=False)))
     except PredictionError as error:
+        if reply.stop_reason == "length":
+            return replace(reply, error=f"{error}; it was cut off, raise max_new_tokens")
         return replace(reply, stop_reason="error", error=str(error))

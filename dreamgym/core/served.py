@@ -21,9 +21,9 @@ import httpx2
 from pydantic import SecretStr
 
 from .config import ReasoningModelConfig, is_here, project_path
-from .errors import ConfigError, PredictionError, unknown_name
+from .errors import ConfigError, unknown_name
 from .ledger import Ledger, ReplyCache, request_key, reserve, settle
-from .llm import LLMError, Reply, Request, clean_text, read_structured
+from .llm import LLMError, Reply, Request, clean_text, fit_reply
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -353,15 +353,12 @@ def fitted(
     reply: Reply,
     request: Request,
 ) -> Reply:  # with clean JSON as text, if the request has a schema
-    """Raises Failure if the reply breaks the schema of its request."""
-    if request.schema is None:
-        return reply
-    try:
-        value = read_structured(reply.text, request.schema)
-    except PredictionError as error:
-        kind, _, detail = str(error).partition(": ")
-        raise Failure(kind, detail, retry=request.temperature > 0) from None
-    return replace(reply, text=clean_text(json.dumps(value, ensure_ascii=False)))
+    """Raises Failure if the reply breaks the schema of its request; one that was cut off is not asked for again."""
+    found = fit_reply(reply, request.schema)
+    if found.error:
+        kind, _, detail = found.error.partition(": ")
+        raise Failure(kind, detail, retry=request.temperature > 0 and found.stop_reason != "length")
+    return found
 
 # %% ../../nbs/core/04b_served.ipynb #4a1baa48
 @dataclass(slots=True)

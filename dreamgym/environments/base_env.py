@@ -45,7 +45,7 @@ class Environment:
     """A benchmark as the rest of the kit sees it."""
 
     name: str  # as results name it, such as 'alfworld-generated'
-    mapper: StateMapper | None  # None: the state is the observation
+    mapper: StateMapper | None  # None: the state is the observation; a run needs one
     max_turns: int
     tasks: Callable[[str], Sequence[Task]]  # split -> tasks, in a fixed order
     make: Callable[[int], BatchEnv]  # number of slots -> fresh batch environment
@@ -181,7 +181,7 @@ class TranscriptMapper:
 
     def start(self, task: Task, observation: str) -> str:
         """Task and first observation, a line each."""
-        return f"task: {task.instruction}\n" + " ".join(observation.split())
+        return f"task: {' '.join(task.instruction.split())}\n{' '.join(observation.split())}"
 
     def update(self, state: str, action: str, observation: str) -> str:
         """Appends the action with its answer; the oldest one may fall out."""
@@ -198,8 +198,8 @@ class TranscriptMapper:
         line = " ".join(delta.split())
         if self.failure and line.startswith("fail "):
             line = f"{line[5:]} = {self.failure}"
-        task, first, *answers = state.split("\n")
-        return "\n".join([task, first, *[*answers, line][-self.window :]])
+        lines = state.split("\n")
+        return "\n".join([*lines[:2], *[*lines[2:], line][-self.window :]])
 
     def facts(self, state: str) -> frozenset[str]:
         """Every line is a fact."""

@@ -69,10 +69,10 @@ def render_target(
     reasoning: bool = True,  # False: the paper's 'without reasoning'
     whole: bool = False,  # the whole next state, not only what changes
 ) -> str:
-    """The text that the experience model should write for a transition."""
+    """The text that the experience model should write for a transition; its reasoning stands in one line."""
     change = mapper.diff(experience.state, experience.next_state)
     change = "fail" if change.startswith("fail ") else change
-    lines = [experience.reasoning or "no reasoning"] if reasoning else []
+    lines = [" ".join(experience.reasoning.split()) or "no reasoning"] if reasoning else []
     lines.append(experience.next_state if whole else change)
     return "\n".join([*lines, reward_line(experience.reward, experience.terminated)])
 
@@ -295,7 +295,7 @@ def read_prediction(
     except PredictionError as error:
         log.debug("malformed prediction for %r: %s\n%s", query.action, error, reply.text)
         cut = "; it was cut off, raise reasoning_model.max_new_tokens" if reply.stop_reason == "length" else ""
-        return unusable(query, mapper, f"{error if reply.text else reply.error or error}{cut}")
+        return unusable(query, mapper, f"{error}{cut}" if reply.text or not reply.error else reply.error)
     return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin(query))
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #d3958491

@@ -74,7 +74,9 @@ class Handler(BaseHTTPRequestHandler):
             return json.dumps({"content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "usage": usage})
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": prompt, "completion_tokens": written}
-        return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
+        return json.dumps(
+            {"choices": [{"index": 0, "message": message, "finish_reason": self.server.finish}], "usage": usage}
+        )
 
     def send(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
         content = text.encode()
@@ -105,7 +107,7 @@ class LLMServer(ThreadingHTTPServer):
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.kinds, self.rate, self.only, self.random = answer, faults, rate, only, random.Random(0)
-        self.texts, self.says, self.retry_after, self.delay = dict(TEXTS), "", "0", 0.0
+        self.texts, self.says, self.retry_after, self.delay, self.finish = dict(TEXTS), "", "0", 0.0, "stop"
         self.faults: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []

@@ -22,11 +22,21 @@ from dreamgym.core.config import ReasoningModelConfig
 from dreamgym.core.data_structures import Task
 from dreamgym.core.errors import ConfigError, DataError, PredictionError
 from dreamgym.core.ledger import CostLimit, Ledger, ReplyCache, request_key, reserve, settle, summary
-from dreamgym.core.llm import GeneratorClient, LLMError, Reply, Request, object_schema, read_json, read_structured
+from dreamgym.core.llm import (
+    GeneratorClient,
+    LLMError,
+    Reply,
+    Request,
+    fit_reply,
+    object_schema,
+    read_json,
+    read_structured,
+)
 from dreamgym.core.served import ServedClient, Server, find_key, request_body, served_client
+from dreamgym.environments.base_env import TranscriptMapper
 from dreamgym.environments.dream_env import DreamEnv
 from dreamgym.environments.household_state import HouseholdMapper
-from dreamgym.models.reasoning_model import Query, ReasoningExperienceModel
+from dreamgym.models.reasoning_model import Query, ReasoningExperienceModel, read_prediction
 
 STEP = object_schema(state={"type": "string"}, reward={"enum": [0, 1]})
 GOOD = json.dumps({"state": "at: desk 1", "reward": 0})
@@ -253,6 +263,22 @@ def test_a_model_that_knows_no_json_is_not_a_dead_server(clients):
     assert client.ledger.completion_tokens == 3, "every call is counted"
 
 
+def test_a_reply_that_was_cut_off_is_paid_once_and_says_so(clients):
+    """Another draw would be cut off too; a local model keeps what it wrote and why it stopped."""
+    half, request = GOOD[:-3], Request("look", max_new_tokens=4, schema=STEP)
+    with running(LLMServer(lambda body: half)) as server:
+        server.finish = "length"
+        reply = clients(server).complete([request])[0]
+    assert len(server.bodies) == 1 and reply.error.startswith("bad JSON: ") and "raise max_new_tokens" in reply.error
+    local = fit_reply(Reply(half, "length"), STEP)
+    assert (local.text, local.stop_reason) == (half, "length") and local.error == reply.error
+    assert fit_reply(Reply(half), STEP).stop_reason == "error"
+    query, section = Query("s", "look", Task("t", "i")), ReasoningModelConfig(prompted=True)
+    for found in (reply, local):
+        predicted = read_prediction(query, found, TranscriptMapper(), section)
+        assert not predicted.valid and predicted.error.count("it was cut off, raise ") == 1
+
+
 # ---- concurrency, loops, interruption
 
 
@@ -352,7 +378,6 @@ def test_the_ledger_in_random_use_never_exceeds_its_limit():
                 reply = Reply("", prompt_tokens=rng.randint(0, prompt), completion_tokens=rng.randint(0, most))
                 settle(ledger, reserved, rng.choice([reply, None]), rng.random() < 0.8)
             assert ledger.cost + ledger.reserved <= ledger.cost_limit + 1e-12
-    assert asdict(Ledger(**asdict(ledger))) == asdict(ledger)
 
 
 def test_a_limit_needs_prices():

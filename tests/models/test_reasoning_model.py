@@ -67,6 +67,16 @@ def test_every_real_step_survives_the_contract(env, rows, reasoning):
         assert thought == (row.reasoning if reasoning else "")
 
 
+def test_reasoning_of_several_lines_stands_in_one(env, rows):
+    for row in rows[:50]:
+        told = replace(row, reasoning="a\n\nb\u2028 c")
+        for whole in (False, True):
+            text = render_target(told, env.mapper, whole=whole)
+            thought, after, *_ = parse_target(text, row.state, row.action, env.mapper, whole=whole)
+            assert (thought, after) == ("a b c", row.next_state)
+    assert render_target(replace(rows[0], reasoning="\n"), env.mapper).startswith("no reasoning\n")
+
+
 @pytest.mark.parametrize(
     "reward, line", [(0, "reward 0 end"), (1, "reward 1 end"), (2 / 3, "reward 0.67 end"), (0.5, "reward 0.5 end")]
 )
@@ -272,6 +282,19 @@ def test_without_a_mapper_states_are_transcripts():
     good, bad = (model.generate_experience("task: find it\nA room.", "look", Task("t", "find it")) for _ in range(2))
     assert good.next_state == "task: find it\nA room.\nlook = A desk." and good.reasoning == "I look."
     assert not bad.valid and bad.next_state.endswith("fail look")
+
+
+def test_transcripts_keep_their_lines():
+    """Task and first observation are a line each, whatever they hold; a state of one line is gone on from."""
+    mapper, task = TranscriptMapper(window=2), Task("t", "find it\nand  bring it")
+    state = mapper.start(task, "A room.\nA desk.")
+    assert state == "task: find it and bring it\nA room. A desk."
+    for action in "abc":
+        state = mapper.update(state, action, "ok")
+    assert state.split("\n")[1:] == ["A room. A desk.", "b = ok", "c = ok"]
+    model = ReasoningExperienceModel(ReasoningModelConfig(), Answers("?"))
+    found = model.generate_experience("count 0", "look", Task("t", "find it"))
+    assert not found.valid and found.next_state == "count 0\nfail look"
 
 
 def test_a_query_belongs_to_the_world_of_its_task():

@@ -5,13 +5,14 @@
 # %% ../../nbs/core/03_language_model.ipynb #d16179f0
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,10 +22,10 @@ from .errors import DataError
 from .small_lm import SmallLMConfig, asked_columns
 
 # %% auto #0
-__all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'CALLS', 'PIECES', 'ENTITY', 'numbered_entities', 'word_decoder',
-           'train_tokenizer', 'token_parts', 'architecture_config', 'build_model', 'LanguageModel',
-           'load_language_model', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows', 'head_of',
-           'predicting_states']
+__all__ = ['PAD', 'END', 'UNKNOWN', 'ROLES', 'CHAT_TEMPLATE', 'CALLS', 'PIECES', 'ENTITY', 'DATED', 'numbered_entities',
+           'word_decoder', 'train_tokenizer', 'token_parts', 'architecture_config', 'build_model', 'LanguageModel',
+           'load_language_model', 'render_chat', 'template_pieces', 'spelt_out', 'PromptEncoder', 'Rows', 'make_rows',
+           'head_of', 'predicting_states']
 
 # %% ../../nbs/core/03_language_model.ipynb #11ec4bb8
 PAD, END, UNKNOWN, ROLES = "<|pad|>", "<|end|>", "<|unk|>", ("<|system|>", "<|user|>", "<|assistant|>")
@@ -167,6 +168,25 @@ def load_language_model(
         ) from error
     return LanguageModel(model.to(device).eval(), tokenizer)
 
+# %% ../../nbs/core/03_language_model.ipynb #c13f0404
+DATED = {"date_string": "26 Jul 2024"}  # today, to every template that asks; Llama's own default
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],  # 'role' and 'content'
+) -> str:  # ends where the assistant begins
+    """A conversation as the chat template writes it. Where it knows no system message, that text leads the user's."""
+    how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **DATED}
+    try:
+        return tokenizer.apply_chat_template([*messages], **how)
+    except TemplateError:
+        if messages[0]["role"] != "system":
+            raise
+        (system, user), more = messages[:2], messages[2:]
+        joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+        return tokenizer.apply_chat_template([joined, *more], **how)
+
 # %% ../../nbs/core/03_language_model.ipynb #51e32667
 def template_pieces(
     tokenizer: Any,
@@ -178,7 +198,7 @@ def template_pieces(
     head = [{"role": "system", "content": system}] if system else []
 
     def pieces(count: int) -> list[str]:  # of the first messages
-        rendered = tokenizer.apply_chat_template([*head, *chat[:count]], tokenize=False, add_generation_prompt=True)
+        rendered = render_chat(tokenizer, [*head, *chat[:count]])
         for mark in marks[:count]:
             rendered = rendered.replace(mark, marks[0])
         return rendered.split(marks[0])
@@ -213,7 +233,7 @@ class PromptEncoder:
         self.tokenizer, self.system = tokenizer, system
         mark = "\u2021content\u2021"
         messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": mark}]
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = render_chat(tokenizer, messages)
         self._before, self._after = rendered.split(mark)
         self._control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..core.config import ReasoningModelConfig
 from ..core.data_structures import Experience, Trajectory
 from ..core.errors import DataError
-from ..core.language_model import LanguageModel, load_language_model, spelt_out
+from ..core.language_model import DATED, LanguageModel, load_language_model, spelt_out
 from ..core.llm import GeneratorClient
 from ..environments.base_env import Environment
 from ..environments.offline import experiences_of
@@ -38,7 +38,7 @@ def conversation_rows(
     tokenizer: Any,
     without_demos: Sequence[bool] = (),  # rows whose prompt shows no demonstration
     batch: int = 256,  # queries per retrieval
-) -> list[dict[str, list[dict[str, str]]]]:  # 'prompt' and 'completion', each a list of messages
+) -> list[dict[str, Any]]:  # 'prompt' and 'completion', each a list of messages, and the date of the template
     """Prompt/completion rows of `SFTTrainer`."""
     queries, prompts = training_queries(experiences, model.config.history), list[str]()
     for start in range(0, len(queries), batch):
@@ -46,11 +46,12 @@ def conversation_rows(
     control = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
     told = instructions(model.config.reasoning) if model.config.instructed else ""
     system = [{"role": "system", "content": told}] if told else []
-    rows = []
+    rows = list[dict[str, Any]]()
     for prompt, e in zip(prompts, experiences, strict=True):
         answer = render_target(e, model.mapper, model.config.reasoning, bool(model.config.whole_states))
         question = [*system, {"role": "user", "content": spelt_out(prompt, control)}]
-        rows.append({"prompt": question, "completion": [{"role": "assistant", "content": spelt_out(answer, control)}]})
+        reply = [{"role": "assistant", "content": spelt_out(answer, control)}]
+        rows.append({"prompt": question, "completion": reply, "chat_template_kwargs": DATED})
     return rows
 
 # %% ../../nbs/training/35f_fine_tuning.ipynb #4b5256aa
@@ -91,10 +92,12 @@ def fine_tune(
     on_log: Callable[[int, dict[str, float]], None] | None = None,  # told step and metrics
     draw: bool = True,  # rows as the section's `balance` and `demo_dropout` say; False: all, as they are
     **options: Any,  # more fields of SFTConfig
-) -> dict[str, float]:  # TRL's closing metrics, 'train_loss' among them
+) -> dict[str, float]:  # TRL's closing metrics, 'train_loss' among them; none without steps
     """Supervised fine-tuning of a transformers model by TRL. Raises DataError without rows."""
     if not experiences:
         raise DataError("fine-tuning: expected transitions to train on, got none; load or record some first")
+    if not options.get("max_steps", section.train_steps):
+        return {}  # to transformers, no limit of steps
     import datasets
     import trl
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from jinja2 import TemplateError
 
 from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.errors import DataError
@@ -96,6 +97,31 @@ def test_template_keeps_the_prefix(entities):
     whole = tokenizer(short, add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt)] == prompt and whole[-1] == tokenizer.eos_token_id
     assert len(tokenizer("mug 1")["input_ids"]) == (1 if entities == "merged" else 2)
+
+
+def test_a_template_without_system_messages_puts_them_first():
+    """As Gemma's, which also refuses a system message in the middle of a conversation."""
+    tokenizer = train_tokenizer(["Be brief . open"])
+    joined = PromptEncoder(tokenizer)(["Be brief .\n\nopen"])
+    plain, suffix = tokenizer.chat_template, PromptEncoder(tokenizer).follow_ups(["open"])
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + plain
+    )
+    encoder = PromptEncoder(tokenizer, "Be brief .")
+    assert encoder(["open"]) == joined and encoder.follow_ups(["open"]) == suffix
+    assert PromptEncoder(tokenizer)(["open"])[0] == joined[0][:1] + joined[0][-3:]
+    tokenizer.chat_template = "{{ raise_exception('nothing is supported') }}"
+    with pytest.raises(TemplateError, match="nothing is supported"):
+        PromptEncoder(tokenizer)
+
+
+def test_prompts_are_the_same_on_every_day():
+    """Templates that write the date, as Llama's do, write one that stays."""
+    tokenizer = train_tokenizer(["26 Jul 2024 open"])
+    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+    tokenizer.chat_template = today + tokenizer.chat_template
+    prompt = PromptEncoder(tokenizer)(["open"])[0]
+    assert tokenizer.decode(prompt).replace(" ", "").startswith("26Jul2024<|user|>open")
 
 
 def test_unknown_words_are_one_unknown_token(tokenizer):

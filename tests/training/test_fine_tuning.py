@@ -85,6 +85,7 @@ def test_rows_are_what_our_loop_reads(env, rows, small):
     for row, (prompt, target) in zip(
         conversation_rows(rows, model, tokenizer), encode_examples(rows, model, tokenizer), strict=True
     ):
+        assert row["chat_template_kwargs"]["date_string"] == "26 Jul 2024", "that of every prompt"
         asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
         assert asked == prompt and whole == prompt + target
@@ -118,6 +119,14 @@ def test_rows_are_drawn_and_the_rate_ends_as_the_section_says(env, rows, small, 
     fine_tune(prompts_of(env), small, rows, section, on_log=told, logging_steps=1)
     assert seen == [[True] * len(rows)]
     assert min(rate for rate in rates[5:] if rate is not None) == pytest.approx(0.005, rel=0.1)
+
+
+def test_no_steps_are_no_training(env, rows, small, monkeypatch):
+    """transformers takes no steps for no limit, and would train three epochs."""
+    monkeypatch.setattr(fine_tuning, "run_trainer", None)
+    before = {name: value.clone() for name, value in small.model.state_dict().items()}
+    assert fine_tune(prompts_of(env), small, rows, ReasoningModelConfig(train_steps=0)) == {}
+    assert all(torch.equal(value, before[name]) for name, value in small.model.state_dict().items())
 
 
 def test_nothing_to_learn_from(env, small):

@@ -51,8 +51,7 @@ def describe_problem(
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return unknown_key(section, key, valid)
-    expected = problem["msg"].replace("Input should be ", "")
-    came = problem["input"]
+    expected, came = problem["msg"].replace("Input should be ", ""), problem["input"]
     return f"{section}.{key}: expected {expected}, got {came!r} ({type(came).__name__})"
 
 # %% ../../nbs/core/02_config.ipynb #3b9a93e4
@@ -370,10 +369,8 @@ def config_keys() -> list[str]:  # ['reasoning_model.name', ..., 'environment.ev
     return [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
 
-def elsewhere(
-    key: str,  # without a section
-) -> str:  # ' It exists as rl.lr.', or ''
-    """Hint for a key that is right but stands in the wrong place."""
+def elsewhere(key: str) -> str:  # ' It exists as rl.lr.', or ''
+    """Hint for a key, without its section, that is right but stands in the wrong place."""
     found = [name for name in config_keys() if name.split(".")[1] == key]
     return f" It exists as {' and '.join(found)}." if found else ""
 
@@ -399,7 +396,16 @@ def check_tree(
 
 # %% ../../nbs/core/02_config.ipynb #2efe201a
 class NumberLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that also reads 1e-3 and 1e5 as numbers."""
+    """`yaml.SafeLoader` that also reads 1e-3 and 1e5 as numbers, and refuses a key that is given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Raises MarkedYAMLError for a repeated key."""
+        node, seen = super().compose_mapping_node(anchor), list[Any]()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.append(key.value)
+        return node
 
 
 def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
@@ -413,9 +419,7 @@ NumberLoader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list(
 NumberLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
-def parse_value(
-    text: str,  # as written in YAML or on a command line
-) -> Any:  # number, bool, None, list or str
+def parse_value(text: str) -> Any:  # number, bool, None, list or str
     """The value that a YAML file would hold for this text."""
     return yaml.load(text, Loader=NumberLoader)  # noqa: S506 (a SafeLoader)
 
@@ -447,10 +451,8 @@ def project_root(
     return here
 
 
-def project_path(
-    path: str | Path,  # absolute, or relative to the project's root
-) -> Path:  # absolute
-    """A path of the configuration, whatever folder the caller is in."""
+def project_path(path: str | Path) -> Path:  # absolute
+    """A path of the configuration, absolute or relative to the project's root, whatever folder the caller is in."""
     return project_root() / Path(path).expanduser()
 
 
@@ -459,9 +461,7 @@ def is_here(url: str) -> bool:
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 # %% ../../nbs/core/02_config.ipynb #5472c96e
-def resolve_preset(
-    preset: str | None,  # 'auto' | 'smoke' | 'cpu' | 'gpu' | None
-) -> str | None:  # the same without 'auto'
+def resolve_preset(preset: str | None) -> str | None:  # a preset's name, the same without 'auto'
     """Chooses what 'auto' means here; imports torch only for that."""
     if preset != "auto":
         return preset

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ def parse_row(
     e = from_row(Experience, {**OPTIONAL, **row})
     for f in fields(Experience):
         value, kind = getattr(e, f.name), str(f.type)
-        if type(value) not in KINDS[kind]:
+        if type(value) not in KINDS[kind] or type(value) is int and abs(value) >= 2**63:
             raise ValueError(f"field {f.name!r}: expected {kind}, got {value!r:.40}")
-    return e
+    return replace(e, reward=float(e.reward))
 
 # %% ../../nbs/core/01a_experience_files.ipynb #df76357f
 def read_lines(

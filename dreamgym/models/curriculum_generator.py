@@ -233,7 +233,7 @@ def read_selection(
         return None
     if value is None or not 1 <= value["selection"] <= len(candidates):
         return None
-    return candidates[value["selection"] - 1], value["reasoning"]
+    return candidates[int(value["selection"]) - 1], value["reasoning"]
 
 # %% ../../nbs/models/25_curriculum_generator.ipynb #7507890f
 def most_novel(

@@ -181,6 +181,16 @@ def test_sections_cannot_change():
         Config().rl.lr = 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("rl:\n  lr: 1e-3\nbuffer:\n  top_k: 2\nrl:\n  clip: 0.1\n", "rl"), ("rl:\n  lr: 1e-3\n  lr: 1e-4\n", "lr")],
+)
+def test_what_is_given_twice_is_refused(tmp_path, text, name):
+    said = message(load_config, write(tmp_path, text))
+    assert f"key '{name}' is given twice" in said and "line " in said and "mine.yaml" in said
+    assert parse_value("{a: &a {x: 1, y: 2}, b: {<<: *a, x: 3}}")["b"] == {"x": 3, "y": 2}, "merged keys may be changed"
+
+
 def test_scientific_numbers():
     assert parse_value("1e-3") == 1e-3 and parse_value("-2.5E+2") == -250 and parse_value("1e5") == 100_000
     assert isinstance(parse_value("1e5"), int) and isinstance(parse_value("2.0"), float)

@@ -24,6 +24,7 @@ from dreamgym.models.curriculum_generator import (
     group_records,
     most_generated,
     pull,
+    read_selection,
     reward_variance,
     variation,
 )
@@ -259,6 +260,12 @@ def test_failed_requests_and_bad_selections_are_counted():
     tasks = generator.generate_tasks(8, Scripted(bad))  # the rule of novelty steps in
     assert generator.known.counts["malformed"] == 8 and generator.known.counts["accepted"] == 4
     assert "cosine" in tasks[0].metadata["reason"]
+
+
+def test_whole_numbers_select_however_they_are_written():
+    for number in ("2", "2.0", "2e0"):
+        reply = Reply(f'{{"reasoning": "r", "selection": {number}}}')
+        assert read_selection(reply, ["a", "b"]) == ("b", "r")
 
 
 def test_duplicates_ill_formed_and_infeasible_are_counted():

@@ -334,6 +334,20 @@ def test_jsonl_round_trip_and_bad_lines(tmp_path):
         make().import_jsonl(mixed, strict=True)
 
 
+def test_whole_numbers_in_files_are_the_rewards_that_come_back(tmp_path):
+    """An export of imported rows adds nothing; numbers that no column holds make a row bad."""
+    buffer, mine, back = ExperienceReplayBuffer(BufferConfig()), tmp_path / "mine.jsonl", tmp_path / "back.jsonl"
+    step = {"state": "s", "action": "a", "next_state": "t", "terminated": True}
+    mine.write_text("\n".join(json.dumps(step | {"reward": reward}) for reward in (0, 1, 10**400)))
+    report = buffer.import_jsonl(mine)
+    assert report.added == 2 and [number for number, _ in report.bad] == [3] and "'reward'" in report.bad[0][1]
+    buffer.export_jsonl(back)
+    assert buffer.import_jsonl(back).added == 0 and buffer.import_jsonl(mine).added == 0
+    mine.write_text(json.dumps(step | {"turn": 2**63}))
+    with pytest.raises(DataError, match="'turn'"):
+        buffer.import_jsonl(mine, strict=True)
+
+
 def test_parquet_and_datasets_round_trip(tmp_path):
     rng, buffer = random.Random(15), make()
     rows = [random_row(rng, observation="Ü \u2028 '\";--", success=[None, True, False][i % 3]) for i in range(60)]

@@ -41,8 +41,8 @@ __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 
            'offline_data', 'with_states', 'with_initial_states', 'environment_texts', 'make_language_model',
            'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows',
            'rows_of_clone', 'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model',
-           'train_experience_model', 'check_served', 'check_refresh', 'check_algorithm', 'check_curriculum',
-           'open_client', 'keep_ledger', 'explained', 'first_texts', 'stamps', 'homes']
+           'train_experience_model', 'check_served', 'check_refresh', 'check_heads', 'check_algorithm',
+           'check_curriculum', 'open_client', 'keep_ledger', 'explained', 'first_texts', 'stamps', 'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -83,7 +83,7 @@ def offline_data(
     if where == "auto":
         return record_offline(env, tasks, config.training.seed)
     rows = read_trajectories(project_path(where))[0] if where else []
-    kept = [row for row in rows if row.split == "train"]
+    kept = [replace(row, iteration=0) for row in rows if row.split == "train"]  # recorded before this run began
     if len(kept) < len(rows):
         log.warning("%s: %d rows of other splits than 'train' are left out", where, len(rows) - len(kept))
     return kept
@@ -197,13 +197,13 @@ def clone_policy(
         log.warning("nothing to clone: no row's policy is one of %s", ", ".join(DEMONSTRATORS))
     return clone(policy, train, validation, config.policy_model, config.training.seed, on_epoch)
 
-
+# %% ../../nbs/training/35a_preparation.ipynb #494c4bdd
 def cloning_examples(
     policy: Policy,
     experiences: Sequence[Experience],
     section: PolicyModelConfig,
 ) -> tuple[list, list]:  # training and validation rows: prompt ids, response ids
-    """Demonstrations in the policy's own context and format, those that fit into it."""
+    """Demonstrations in the policy's own context and format. Raises ConfigError if none fits into its context."""
     rows = demonstration_rows(experiences, section.bc_demonstrations)
     held = {task for i, task in enumerate(dict.fromkeys(row.task_id for row in rows)) if i % 10 == 9}
     parts = [[row for row in rows if (row.task_id in held) == kept] for kept in (False, True)]
@@ -215,7 +215,18 @@ def cloning_examples(
             f"tokens; set it to {longest} or more"
         )
     room = section.context_length - section.max_new_tokens
-    return [row for row in train if len(row[0]) <= room], [row for row in validation if len(row[0]) <= room]
+    fitting, others = ([row for row in part if len(row[0]) <= room] for part in (train, validation))
+    short = len(train) + len(validation) - len(fitting) - len(others)
+    said = (
+        f"{short} of {len(train) + len(validation)} demonstrated actions do not fit into policy_model.context_length="
+        f"{section.context_length}, of which max_new_tokens={section.max_new_tokens} are kept for the response; all "
+        f"fit into {section.max_new_tokens + max((len(prompt) for prompt, _ in train + validation), default=0)}"
+    )
+    if train and not fitting:
+        raise ConfigError(f"nothing to clone: {said}")
+    if short:
+        log.warning("%s", said)
+    return fitting, others
 
 # %% ../../nbs/training/35a_preparation.ipynb #315631b3
 def demonstration_rows(
@@ -384,6 +395,19 @@ def check_refresh(
         )
 
 # %% ../../nbs/training/35a_preparation.ipynb #84095d5e
+def check_heads(
+    config: Config,
+) -> None:
+    """Raises ConfigError for a width of a model from scratch that its attention heads cannot share."""
+    for section in (config.reasoning_model, config.policy_model):
+        part = 2 if section.architecture == "SmallLM" else 1  # rotary embeddings turn halves
+        if section.name == "scratch" and section.d_model % (part * section.heads):
+            raise ConfigError(
+                f"{section.section}.heads {section.heads}: expected heads of one {'even ' * (part - 1)}width, got "
+                f"d_model={section.d_model}; set d_model to a multiple of {part * section.heads}, or other heads"
+            )
+
+
 def check_algorithm(
     config: Config,
 ) -> None:

@@ -190,7 +190,7 @@ def make_experience_model(
     else:
         require("trl", "pip install 'trl>=1.12,<2'")
         check_alone(trainer, f"reasoning_model.name: {section.name} is fine-tuned")
-        losses.mean = fine_tune(model, language_model, rows, section, seed)["train_loss"]
+        losses.mean = fine_tune(model, language_model, rows, section, seed).get("train_loss", 0.0)
     language_model.save(home)
     write_json(home / "trained.json", {"seconds": time.monotonic() - start, "loss": losses.mean})
     return model
@@ -327,11 +327,16 @@ def sigterm_interrupts() -> Iterator[None]:
 def open_environment(
     config: Config,
 ) -> Environment:
-    """The environment of a run. Raises ConfigError without training tasks, or for a curriculum nobody can write."""
+    """The environment of a run. Raises ConfigError without training tasks or mapper, or without who writes tasks."""
     env = make_environment(config.environment.name, config.environment)
     if not env.tasks("train"):
         hint = "it can only be evaluated: python -m dreamgym.training.evaluate --checkpoint …"
         raise ConfigError(f"{env.name} has no training tasks; {hint} --env {config.environment.name}")
+    if env.mapper is None:
+        raise ConfigError(
+            f"environment {env.name!r} has no mapper, so nothing says what a step changes; give it and its batch "
+            "environment a TranscriptMapper(), see dreamgym.environments.base_env"
+        )
     prep.check_curriculum(config, env)
     return env
 
@@ -476,6 +481,7 @@ def check_settings(config: Config) -> None:
     """Raises ConfigError for settings that do not go together."""
     prep.check_served(config.reasoning_model, config.environment.offline_data)
     prep.check_refresh(config)
+    prep.check_heads(config)
     prep.check_algorithm(config)
 
 

@@ -17,7 +17,9 @@ from dreamgym.core.config import load_config
 from dreamgym.core.data_structures import Experience, to_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.generators import ServerError
-from dreamgym.core.language_model import LanguageModel, build_model
+from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
+from dreamgym.core.llm import GeneratorClient
+from dreamgym.environments.base_env import Environment
 from dreamgym.models.experience_sft import encode_examples, example_loss
 from dreamgym.models.reasoning_model import ExperiencePrompts, Query
 from dreamgym.models.replay_buffer import ExperienceReplayBuffer, read_rows
@@ -26,8 +28,15 @@ from dreamgym.training import trainer as trainer_module
 from dreamgym.training.arm_loop import finished
 from dreamgym.training.baselines import DEMONSTRATORS
 from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint, prune_checkpoints
+from dreamgym.training.fine_tuning import own_copy
 from dreamgym.training.play import Evaluation
-from dreamgym.training.preparation import demonstration_rows, offline_data
+from dreamgym.training.preparation import (
+    clone_policy,
+    cloning_examples,
+    demonstration_rows,
+    make_policy,
+    offline_data,
+)
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer, check_alone, claim_folder, run_iteration, start_arm_loop
 from dreamgym.training.trl_baselines import accelerate_as_before
@@ -483,15 +492,17 @@ def test_what_only_a_language_model_can_do_is_refused(asked, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_named_experience_model_is_fine_tuned_and_read_back(whole, tmp_path):
+@pytest.mark.parametrize("steps", [3, 0])
+def test_a_named_experience_model_is_fine_tuned_and_read_back(steps, whole, tmp_path):
     pytest.importorskip("trl")
     shutil.copytree(whole / "prepared", tmp_path / "run" / "prepared")
     shutil.rmtree(tmp_path / "run" / "prepared" / "experience_model")
     tokenizer = load_policy(whole / "prepared" / "policy_iter_0000.json").tokenizer
     LanguageModel(build_model(tokenizer, "Llama", 16, 1), tokenizer).save(tmp_path / "named")
-    t = trainer(tmp_path / "run", reasoning_model__name=str(tmp_path / "named"), reasoning_model__train_steps=3)
+    t = trainer(tmp_path / "run", reasoning_model__name=str(tmp_path / "named"), reasoning_model__train_steps=steps)
     model = t.prepare().model
-    assert json.loads((tmp_path / "run" / "prepared" / "experience_model" / "trained.json").read_text())["loss"] > 0
+    trained = json.loads((tmp_path / "run" / "prepared" / "experience_model" / "trained.json").read_text())
+    assert (trained["loss"] > 0) == (steps > 0)
     task = t.prepare(dream=False).tasks[0]
     again = t.prepare().model
     queries = [Query(task.initial_state, "look", task)]
@@ -626,6 +637,55 @@ def test_held_out_rows_of_a_users_file_are_left_out(tmp_path, caplog):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = offline_data(None, config(environment__offline_data=str(tmp_path / "mine.jsonl")), [])
     assert len(found) == 1 and "2 rows of other splits" in caplog.text
+
+
+def test_rows_of_an_earlier_refreshed_run_are_as_old_as_all_others(tmp_path):
+    """An arm's own memory starts from the end of iteration 0."""
+    row = to_row(Experience("s", "a", 0.0, "t", False, episode_id="e", policy="expert", iteration=3))
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    found = offline_data(None, config(environment__offline_data=str(tmp_path / "mine.jsonl")), [])
+    buffer = ExperienceReplayBuffer(dedup=False)
+    buffer.add_many(found)
+    tokenizer = train_tokenizer(["s a t"])
+    shared = SimpleNamespace(client=GeneratorClient(LanguageModel(build_model(tokenizer), tokenizer)), buffer=buffer)
+    assert len(own_copy(shared, tmp_path / "copy.db").buffer) == len(buffer) == 1
+
+
+def test_demonstrations_that_do_not_fit_are_counted(tmp_path, caplog):
+    """Prompts of 5 and 9 tokens, responses of 2."""
+    states = {"won": "a b", "lost": "a b a b a b"}
+    rows = [Experience(states[n], "a", 0.0, "b", True, n, task_id=n, policy="expert", success=True) for n in states]
+    section = config(policy_model__max_new_tokens=2).policy_model
+    policy = make_policy(section, ["a b"], 0)
+    lengths = [len(prompt) for prompt in policy.codec.prompts(list(states.values()))]
+    for room, kept in ((max(lengths), 2), (min(lengths), 1)):
+        found = cloning_examples(policy, rows, section.model_copy(update={"context_length": room + 2}))
+        assert len(found[0]) == kept and ("do not fit" in caplog.text) == (kept == 1)
+    assert f"1 of 2 demonstrated actions do not fit into policy_model.context_length={min(lengths) + 2}" in caplog.text
+    tight = config(policy_model__max_new_tokens=2, policy_model__context_length=min(lengths) + 1)
+    with pytest.raises(ConfigError, match=r"2 of 2 demonstrated actions do not fit into policy_model\.context_length"):
+        clone_policy(policy, rows, tight)
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"policy_model__heads": 3}, "policy_model.heads 3"),
+        ({"reasoning_model__d_model": 6, "reasoning_model__heads": 2}, "reasoning_model.heads 2"),
+        ({"policy_model__heads": 5, "policy_model__architecture": "Llama"}, "policy_model.heads 5"),
+    ],
+)
+def test_heads_that_share_no_width_are_refused(changed, key, tmp_path):
+    with pytest.raises(ConfigError, match=f"{key}: expected heads of one .*d_model="):
+        trainer(tmp_path / "run", **changed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_environment_without_a_mapper_is_refused(monkeypatch):
+    made = Environment("toy", None, 6, lambda split: [], lambda slots: None)
+    monkeypatch.setattr(trainer_module, "make_environment", lambda name, section: made)
+    with pytest.raises(ConfigError, match="'toy' has no mapper.*TranscriptMapper"):
+        trainer_module.open_environment(config())
 
 
 def test_what_others_have_won_is_cloned_too():

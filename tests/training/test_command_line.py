@@ -85,7 +85,9 @@ def test_two_ranks_train_like_one(tmp_path):
     more = ["--mode", "real", "--checkpoints", ""]
     settings = ["training.device=cpu", "rl.minibatch=100000", "rl.value_warmup=0", "training.num_iterations=2"]
     settings += ["rl.algorithm=grpo", "rl.group_size=2"]
-    settings += ["training.validation_episodes=0"]  # the last iteration is the best: ranks read what one has just written
+    settings += [
+        "training.validation_episodes=0"
+    ]  # the last iteration is the best: ranks read what one has just written
     rows = []
     for ranks in (1, 2):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if ranks == 2 else []

@@ -261,7 +261,9 @@ def test_real_environments_are_closed_after_each_collection(tmp_path):
         return batch
 
     ready = t.prepare(dream=False)
-    loop = start_arm_loop(t.config, replace(ready, env=replace(t.env, make=make)), "real", "cpu", RunDir(tmp_path / "x"))
+    loop = start_arm_loop(
+        t.config, replace(ready, env=replace(t.env, make=make)), "real", "cpu", RunDir(tmp_path / "x")
+    )
     arms.collect(loop, "real", ready.tasks[:2])
     assert closed[-1] == 2
 

@@ -329,14 +329,14 @@ def open_environment(
 ) -> Environment:
     """The environment of a run. Raises ConfigError without training tasks or mapper, or without who writes tasks."""
     env = make_environment(config.environment.name, config.environment)
-    if not env.tasks("train"):
-        hint = "it can only be evaluated: python -m dreamgym.training.evaluate --checkpoint …"
-        raise ConfigError(f"{env.name} has no training tasks; {hint} --env {config.environment.name}")
     if env.mapper is None:
         raise ConfigError(
             f"environment {env.name!r} has no mapper, so nothing says what a step changes; give it and its batch "
             "environment a TranscriptMapper(), see dreamgym.environments.base_env"
         )
+    if not env.tasks("train"):
+        hint = "it can only be evaluated: python -m dreamgym.training.evaluate --checkpoint …"
+        raise ConfigError(f"{env.name} has no training tasks; {hint} --env {config.environment.name}")
     prep.check_curriculum(config, env)
     return env
 

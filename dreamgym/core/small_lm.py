@@ -19,7 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 # %% auto #0
 __all__ = ['SmallLMConfig', 'CausalConv', 'ShortConv', 'BufferedLayer', 'BufferedCache', 'rotary_angles', 'rotate',
            'ClosingLinear', 'SquaredReLU', 'columns_of', 'asked_columns', 'SmallLayer', 'attention_bias',
-           'columns_mask', 'positions', 'SmallPreTrained', 'part_sums', 'SmallTrunk', 'SmallLMForCausalLM']
+           'columns_mask', 'positions', 'SmallPreTrained', 'part_sums', 'embeddings_of', 'SmallTrunk',
+           'SmallLMForCausalLM']
 
 # %% ../../nbs/core/02a_small_lm.ipynb #50c5839d
 class SmallLMConfig(PreTrainedConfig):
@@ -142,10 +143,7 @@ class BufferedCache(Cache):
 
     layers: list[Any]
 
-    def __init__(
-        self,
-        layers: int,  # of the model
-    ):
+    def __init__(self, layers: int):  # of the model
         super().__init__(layers=[BufferedLayer() for _ in range(layers)])
         self.table: Tensor | None = None  # (V, d) token embeddings of the model that reads, the same for every token
 
@@ -265,8 +263,7 @@ class SmallLayer(nn.Module):
         return x + self.down(SquaredReLU.apply(self.up(self._mix(1, x, keep, cache))))
 
     def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: BufferedCache | None) -> Tensor:
-        x = self.norms[site](x)
-        holes = None
+        x, holes = self.norms[site](x), None
         if keep is not None:  # padding never leaks into the convolution
             x, holes = x * keep, (keep == 0).sum((1, 2))
         carried = cache.layers[self.index].past if cache is not None else {}
@@ -358,6 +355,18 @@ def part_sums(
     first, second = parts[:, 0], parts[:, 1]
     return weight[first] + weight[second.clamp(min=0)] * (second >= 0).unsqueeze(1)
 
+# %% ../../nbs/core/02a_small_lm.ipynb #20faf461
+def embeddings_of(
+    model: Any,  # with `token_embeddings`
+    cache: BufferedCache | None,  # of the model; takes them
+) -> Tensor:  # (V, d)
+    """Embedding of every token, summed once for each cache."""
+    if cache is None:
+        return model.token_embeddings()
+    if cache.table is None:
+        cache.table = model.token_embeddings()
+    return cache.table
+
 # %% ../../nbs/core/02a_small_lm.ipynb #6d401f99
 class SmallTrunk(SmallPreTrained):
     """Everything below the head."""
@@ -386,10 +395,8 @@ class SmallTrunk(SmallPreTrained):
         columns: Tensor | None = None,  # (B, P) of the last layer, as `asked_columns` finds them; None: all
     ) -> tuple[Tensor, Tensor]:  # last hidden states (B, T or P, d), token embeddings (V, d)
         """Everything but the head."""
-        table = self.token_embeddings() if cache is None or cache.table is None else cache.table
-        T, seen = input_ids.shape[1], 0
-        if cache is not None:
-            cache.table, seen = table, cache.get_seq_length()
+        table, T = embeddings_of(self, cache), input_ids.shape[1]
+        seen = 0 if cache is None else cache.get_seq_length()
         mask, keep = attention_bias(attention_mask, T, seen)
         at = positions(attention_mask, T, seen, input_ids.device) if position_ids is None else position_ids
         rotation = rotary_angles(at, self.config, table.dtype)

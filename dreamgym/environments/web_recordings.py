@@ -112,7 +112,7 @@ def web_episode(
         state = after
     return rows
 
-
+# %% ../../nbs/environments/16b_web_recordings.ipynb #d70d2897
 def own_action(
     action: str,  # "click('a46')"
     tree: str,  # the page that it was meant for

@@ -48,7 +48,7 @@ __all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'with_reasoning', 
            'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
            'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
            'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
-           'check_alone', 'check_arm', 'claim_folder', 'describe']
+           'check_alone', 'check_refreshing', 'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #948de48e
 log = logging.getLogger(__name__)
@@ -356,8 +356,7 @@ class DreamGymTrainer:
         self.accelerator = make_accelerator(config.training)
         self.device = device_of(config.training.device) if self.accelerator is None else str(self.accelerator.device)
         self.main = is_main(self.accelerator)
-        if config.reasoning_model.refresh_every and config.reasoning_model.name != "scratch":
-            check_alone(self, "reasoning_model.refresh_every: a named model is fine-tuned again")
+        check_refreshing(self)
         self.say = progress if self.main else lambda line: None
         self.env = open_environment(config)
         with main_first(self.accelerator):
@@ -491,7 +490,14 @@ def check_alone(
 ) -> None:
     """Raises ConfigError for what TRL does on its own, which several ranks would wait for in vain."""
     if trainer.accelerator is not None and trainer.accelerator.num_processes > 1:
-        raise ConfigError(f"{what} in one process; start the run without torchrun, which then finds it done")
+        raise ConfigError(f"{what} in one process; start the run without torchrun")
+
+
+def check_refreshing(trainer: DreamGymTrainer) -> None:
+    """Raises ConfigError for an experience model that only one process could train again."""
+    section = trainer.config.reasoning_model
+    if section.refresh_every and section.name != "scratch":
+        check_alone(trainer, "reasoning_model.refresh_every: a named model is fine-tuned again")
 
 
 def check_arm(config: Config, arm: str) -> str:

@@ -83,6 +83,7 @@ def test_reading_for_the_last_logits_leaves_the_same_cache(small, chunks):
         logits = small(ids[:, start:end], mask[:, :end], **how).logits
         real = mask[:, end - 1]
         assert logits.shape[1] == 1 and torch.allclose(logits[real, 0], whole[real, end - 1], atol=1e-12)
+    assert torch.equal(cache.table, small.token_embeddings())  # summed once for all chunks
     following = torch.tensor([[3], [1], [4], [1]])
     more = small(torch.cat([ids, following], 1), F.pad(mask, (0, 1), value=True)).logits[:, -1]
     again = small(following, F.pad(mask, (0, 1), value=True), position_ids=lengths[:, None], past_key_values=cache)

@@ -126,6 +126,16 @@ def test_export_cells_are_short(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_shown_errors_must_come(path):
+    """An example that catches an error says what holds if none is raised: `raise AssertionError`, or an else."""
+    for source in code_cells(path):
+        tree = ast.parse(plain_python("" if EXPORT.match(source) else source))
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Try) and n.handlers):
+            last = node.body[-1].body[-1] if isinstance(node.body[-1], ast.With) else node.body[-1]
+            assert node.orelse or isinstance(last, ast.Raise | ast.Return), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_title_cell(path):
     first = "".join(read_notebook(path)["cells"][0]["source"])
     lines = first.splitlines()

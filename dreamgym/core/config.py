@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, unknown_name
 
@@ -45,13 +46,15 @@ def unknown_key(
 def describe_problem(
     section: str,  # 'rl'
     problem: Mapping[str, Any],  # one entry of ValidationError.errors()
-    valid: Iterable[str],  # the section's keys
+    valid: Mapping[str, FieldInfo],  # the section's keys
 ) -> str:  # one line
     """One mistake in words, from pydantic's record of it."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return unknown_key(section, key, valid)
-    expected, came = problem["msg"].replace("Input should be ", ""), problem["input"]
+    expected, came = re.sub("^(Input|String) should (be )?", "", problem["msg"]), problem["input"]
+    if problem["type"] == "string_pattern_mismatch":
+        expected = str(valid[key].description).removesuffix(" [ours]")
     return f"{section}.{key}: expected {expected}, got {came!r} ({type(came).__name__})"
 
 # %% ../../nbs/core/02_config.ipynb #3b9a93e4
@@ -79,9 +82,7 @@ class ExperienceTraining(Section):
     layers: int = Field(3, gt=0, description="depth of a model from scratch (blocks) [ours]")
     heads: int = Field(2, gt=0, description="attention heads of a model from scratch [ours]")
     initializer_range: float = Field(0.1, gt=0, description="standard deviation of initial weights [ours]")
-    lora_rank: int = Field(
-        0, ge=0, description="rank of LoRA in fine-tuning a named model; 0: all weights train [ours]"
-    )
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA when a named model is tuned; 0: all weights [ours]")
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW [ours]")
     lr_end: float = Field(0.05, ge=0, le=1, description="share of the peak left at the last step [ours]")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay [ours]")
@@ -91,9 +92,7 @@ class ExperienceTraining(Section):
         None, gt=0, description="training worlds that it knows and whose tasks are dreamt; null: all (worlds) [ours]"
     )
     demo_dropout: float = Field(0.1, ge=0, le=1, description="share of training prompts without demos [ours]")
-    balance: float = Field(
-        0.5, ge=0, le=1, description="pull to equal shares of all kinds of transition; 0: none [ours]"
-    )
+    balance: float = Field(0.5, ge=0, le=1, description="pull to equal shares of kinds of transition; 0: none [ours]")
     refresh_every: int = Field(
         0, ge=0, description="dream iterations between refreshes by the policy's own real games; 0: none [ours]"
     )
@@ -106,23 +105,19 @@ class ReasoningModelConfig(ExperienceTraining):
 
     reasoning: bool = Field(True, description="write the reasoning before the next state [paper]")
     whole_states: bool | None = Field(
-        None, description="write the whole next state, as instructed models do; null: what changes [paper]"
+        None, description="write the whole next state, as instructed models do; null: what changes [ours]"
     )
-    history: int = Field(2, ge=0, description="earlier (state, action) pairs in the prompt (turns) [verl-agent]")
+    history: int = Field(2, ge=0, description="earlier actions in the prompt, whole steps if instructed (turns) [ours]")
     temperature: float = Field(1.0, ge=0, description="sampling temperature in a dream; 0 is greedy [ours]")
     max_new_tokens: int = Field(128, gt=0, description="longest prediction (tokens) [ours]")
     votes: int = Field(1, gt=0, description="predictions of each step, of which the most frequent counts [ours]")
     pessimism: Literal["none", "lower", "end"] = Field(
         "none", description="where votes disagree: believe most, lower the reward, or end the dream without one [ours]"
     )
-    agreement: float = Field(
-        0.75, gt=0, le=1, description="smaller shares of votes are disagreement; pessimism end only [ours]"
-    )
+    agreement: float = Field(0.75, gt=0, le=1, description="smaller shares of votes disagree; pessimism end [ours]")
     verify: bool = Field(False, description="predictions that break the environment's known rules do not count [ours]")
     redraws: int = Field(0, ge=0, description="times that a prediction which does not count is asked for again [ours]")
-    prompted: bool | None = Field(
-        None, description="instructed instead of fine-tuned; null: if a server runs it [ours]"
-    )
+    prompted: bool | None = Field(None, description="instructed, not fine-tuned; null: if a server runs it [ours]")
     annotation: Literal["rules", "llm"] = Field("rules", description="who writes the reasoning in the data [ours]")
     provider: Literal["local", "openai", "anthropic"] = Field(
         "local", description="who runs it: this process, a server of chat completions, Anthropic [ours]"
@@ -131,9 +126,7 @@ class ReasoningModelConfig(ExperienceTraining):
     concurrency: int = Field(16, gt=0, description="calls to a server at a time [ours]")
     price_input: float = Field(0.0, ge=0, description="price of a prompt (USD per million tokens) [ours]")
     price_output: float = Field(0.0, ge=0, description="price of a reply (USD per million tokens) [ours]")
-    cost_limit: float | None = Field(
-        None, gt=0, description="calls stop before they cost more (USD); null: none [ours]"
-    )
+    cost_limit: float | None = Field(None, gt=0, description="calls stop before they cost more (USD) [ours]")
     cache: str | None = Field(None, description="SQLite file that keeps a server's replies; null: none [ours]")
 
     @property
@@ -188,7 +181,7 @@ class BufferConfig(Section):
     synthetic_ratio: float = Field(1.0, ge=0, le=1, description="share of training episodes in the dream [paper]")
     top_k: int = Field(1, ge=0, description="experiences retrieved per prediction; 0: no replay [ours]")
     same_world: bool = Field(True, description="retrieve only from the world of the task [ours]")
-    action_weight: float = Field(0.5, ge=0, le=1, description="weight of the action's similarity [ours]")
+    action_weight: float = Field(0.5, ge=0, le=1, description="weight of the action's similarity in retrieval [ours]")
     encoder: str = Field(
         "hashing",
         pattern=r"^(hashing|(sentence|served):\S.*)$",
@@ -206,7 +199,7 @@ class CurriculumConfig(Section):
     difficulty_increment: float = Field(
         0.0, ge=0, description="growth per iteration of the pull to hard, unsettled tasks; 0: uniform [ours]"
     )
-    synthetic_fraction_max: float = Field(0.0, ge=0, le=1, description="largest share of generated tasks, λ [paper]")
+    synthetic_fraction_max: float = Field(0.0, ge=0, le=1, description="largest share of generated tasks, λ [ours]")
     seed_tasks: int | None = Field(None, gt=0, description="seed tasks; null: the whole training split (tasks) [ours]")
     best_predicted: float | None = Field(
         None, gt=0, le=1, description="share of tasks in dream and s2r, those predicted best; null: all [ours]"
@@ -318,7 +311,7 @@ class EnvironmentConfig(Section):
     data_dir: str | None = Field(None, description="official data, folder or archive; null: usual places [ours]")
     engine: Literal["native", "textworld"] = Field("native", description="own engine, or the official one [ours]")
     size: Literal["small", "full"] = Field("small", description="generated worlds: 9-12 or 7-54 receptacles [ours]")
-    max_episode_steps: int | None = Field(None, gt=0, description="turns; null: 30 if small, else 50 [paper]")
+    max_episode_steps: int | None = Field(None, gt=0, description="turns; null: 30 if small, else 50 [verl-agent]")
     mapper: bool = Field(True, description="abstract states; false: the raw observation [paper]")
     offline_data: str | None = Field("auto", description="'auto' records it, a path reads it, null: none [ours]")
     live_episodes: int | None = Field(
@@ -502,8 +495,10 @@ def parse_overrides(
     overrides: Mapping[str, Any] | Iterable[str] | str | None,  # 'rl.lr=1e-3 buffer.top_k=0', a list, or a mapping
 ) -> dict[str, dict[str, Any]]:  # section -> key -> value
     """Overrides as nested mappings. Raises ConfigError for what is no `section.key=value`."""
-    if isinstance(overrides, str):
-        overrides = shlex.split(overrides)
+    try:
+        overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    except ValueError as error:
+        raise ConfigError(f"overrides {overrides!r}: {error}; put a quotation mark into double ones") from None
     if not isinstance(overrides, Mapping):
         overrides = dict(split_override(text) for text in overrides or ())
     tree: dict[str, dict[str, Any]] = {}
@@ -521,14 +516,17 @@ def load_config(
     preset: str | None = None,  # 'auto' | 'smoke' | 'cpu' | 'gpu' | None
     overrides: Mapping[str, Any] | Iterable[str] | str | None = None,  # strongest, see parse_overrides
 ) -> Config:
-    """Defaults < file < preset < overrides. Raises ConfigError naming key, origin, what was expected and what came."""
+    """Defaults < file < env < preset < overrides. Raises ConfigError naming key, origin, expectation and what came."""
     file = Path(path) if path else project_root() / "configs" / f"{env or 'default'}.yaml"
-    layers = [(str(file), read_tree(file))] if path or file.is_file() else []
-    if env:
-        layers.append(("env", {"environment": {"name": env}}))
+    tree = read_tree(file) if path or file.is_file() else {}
+    check_tree(tree, str(file))
+    named = tree.get("environment", {}).get("name", env) if path else env
+    if env and named != env:
+        raise ConfigError(f"{path} is for the environment {named!r}, env says {env!r}; name the same in both")
+    layers = [(str(file), tree), ("env", {"environment": {"name": named}} if named else {})]
     name = resolve_preset(preset)
     if name:
-        layers += [(f"preset {file.stem}", read_tree(file)) for file in preset_paths(name, env)]
+        layers += [(f"preset {file.stem}", read_tree(file)) for file in preset_paths(name, named)]
     layers.append(("overrides", parse_overrides(overrides)))
     merged: dict[str, Any] = {}
     for origin, tree in layers:

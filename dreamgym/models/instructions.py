@@ -15,7 +15,7 @@ from ..core.llm import object_schema, read_json
 from ..environments.base_env import StateMapper
 
 # %% auto #0
-__all__ = ['RULES', 'REASONING', 'FIELDS', 'ALIASES', 'TRUE', 'FALSE', 'instructions', 'step_schema', 'short_step',
+__all__ = ['RULES', 'REASONING', 'FIELDS', 'ALIASES', 'TRUE', 'FALSE', 'instructions', 'step_schema', 'changed', 'short_step',
            'instructed_prompt', 'bullets', 'outcome_text', 'step_fields', 'as_bool', 'as_reward', 'merged_state',
            'read_step']
 
@@ -57,17 +57,26 @@ def step_schema(
     return object_schema(**thought, **answer, terminated={"type": "boolean"})
 
 # %% ../../nbs/models/20a_instructions.ipynb #493b44eb
+def changed(
+    mapper: StateMapper,
+    state: str,
+    next_state: str,
+) -> str:  # 'drawer 1: open, mug 1', 'no change', 'fail'
+    """What a step changed, in the words of the mapper; a failed one does not repeat its action."""
+    change = mapper.diff(state, next_state)
+    return "fail" if change.startswith("fail ") else change
+
+
 def short_step(
     mapper: StateMapper,
     state: str,
     action: str,
     next_state: str,
 ) -> str:  # 'open drawer 1 > drawer 1: open, mug 1'
-    """An action and what it changed, in the words of the mapper."""
-    change = mapper.diff(state, next_state)
-    return f"{action} > {'fail' if change.startswith('fail ') else change}"
+    """An action and what it changed."""
+    return f"{action} > {changed(mapper, state, next_state)}"
 
-
+# %% ../../nbs/models/20a_instructions.ipynb #69a228d3
 def instructed_prompt(
     task: Task,
     state: str,
@@ -108,8 +117,10 @@ def step_fields(
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, dict):
         raise PredictionError(f"expected a JSON object, got {type(value).__name__}")
-    names = {key: str(key).strip().lower().replace(" ", "_").replace("-", "_") for key in value}
-    return {ALIASES.get(names[key], names[key]): item for key, item in value.items()}
+    named = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): item for key, item in value.items()}
+    return {ALIASES[name]: item for name, item in named.items() if name in ALIASES} | {
+        name: item for name, item in named.items() if name not in ALIASES
+    }
 
 
 def as_bool(value: Any, name: str) -> bool:

@@ -16,15 +16,15 @@ from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError, DataError, PredictionError
 from ..core.llm import LLMClient, Reply, Request
 from ..environments.base_env import StateMapper, TranscriptMapper
-from .instructions import instructed_prompt, instructions, read_step, step_schema
+from .instructions import changed, instructed_prompt, instructions, read_step, short_step, step_schema
 from .votes import elect, pessimistic
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'NO_ANSWER', 'REFUSED', 'Query', 'reward_line', 'render_target', 'split_target', 'change_of', 'parse_target',
-           'render_demo', 'render_prompt', 'asks_memory', 'write_prompt', 'ExperiencePrompts', 'parse_reply',
-           'unusable', 'origin', 'failure_kind', 'read_prediction', 'check_votes', 'sample_requests', 'ExperienceVotes',
+           'render_prompt', 'asks_memory', 'write_prompt', 'ExperiencePrompts', 'parse_reply', 'unusable', 'origin',
+           'failure_kind', 'read_prediction', 'check_votes', 'sample_requests', 'ExperienceVotes',
            'ReasoningExperienceModel']
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #5cf3e715
@@ -70,10 +70,8 @@ def render_target(
     whole: bool = False,  # the whole next state, not only what changes
 ) -> str:
     """The text that the experience model should write for a transition; its reasoning stands in one line."""
-    change = mapper.diff(experience.state, experience.next_state)
-    change = "fail" if change.startswith("fail ") else change
     lines = [" ".join(experience.reasoning.split()) or "no reasoning"] if reasoning else []
-    lines.append(experience.next_state if whole else change)
+    lines.append(experience.next_state if whole else changed(mapper, experience.state, experience.next_state))
     return "\n".join([*lines, reward_line(experience.reward, experience.terminated)])
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #539cb205
@@ -146,15 +144,6 @@ def parse_target(
         raise PredictionError(f"the change does not fit the state: {error}") from error
     return thought, next_state, reward, terminated
 
-# %% ../../nbs/models/21_reasoning_model.ipynb #e342647e
-def render_demo(
-    demo: Experience,
-    mapper: StateMapper,
-) -> str:  # 'open drawer 1 > drawer 1: open, mug 1'
-    """One retrieved experience in short: the action and what it changed, in the words of the contract."""
-    change = mapper.diff(demo.state, demo.next_state)
-    return f"{demo.action} > {'fail' if change.startswith('fail ') else change}"
-
 # %% ../../nbs/models/21_reasoning_model.ipynb #21918655
 def render_prompt(
     query: Query,
@@ -166,7 +155,7 @@ def render_prompt(
     lines = [query.state]
     if history and query.history:
         lines.append("before: " + "; ".join(action for _, action in query.history[-history:]))
-    lines += [f"seen: {render_demo(demo, mapper)}" for demo in demos]
+    lines += [f"seen: {short_step(mapper, demo.state, demo.action, demo.next_state)}" for demo in demos]
     return "\n".join([*lines, f"action: {query.action}"])
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #e56fee76

@@ -77,9 +77,9 @@ def resolve(
         "training.use_wandb": arguments.use_wandb or None,
     }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    env = arguments.env or (load_config(arguments.config).environment.name if arguments.config else "alfworld")
+    env = arguments.env or (None if arguments.config else "alfworld")
     config = load_config(arguments.config, env, arguments.preset, [*overrides, *arguments.set])
-    name = f"{env.partition(':')[0]}-seed{config.training.seed}"
+    name = f"{config.environment.name.partition(':')[0]}-seed{config.training.seed}"
     folder = Path(arguments.out_dir) if arguments.out_dir else project_path(config.training.out_dir) / name
     return config, folder
 

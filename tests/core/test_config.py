@@ -100,9 +100,21 @@ def test_default_file_preset_override(tmp_path):
 def test_env_names_the_file_and_the_environment(tmp_path):
     assert load_config(env="webshop").environment.max_episode_steps == 15
     assert load_config(env="my_package:build").environment.name == "my_package:build"
-    path = write(tmp_path, "environment: {name: alfworld, size: full}\n")
+    path = write(tmp_path, "environment: {size: full}\n")
     config = load_config(path, env="webarena")
     assert (config.environment.name, config.environment.size) == ("webarena", "full")
+
+
+def test_a_file_names_its_environment(tmp_path):
+    path = write(tmp_path, "environment: {name: webshop}\n")
+    assert load_config(path, "webshop", "cpu") == load_config(path, preset="cpu") != load_config(path)
+    said = message(load_config, path, "alfworld")
+    assert "is for the environment 'webshop', env says 'alfworld'" in said
+
+
+def test_unclosed_quotations_and_patterns_are_told_in_words():
+    assert "No closing quotation" in message(load_config, overrides="environment.data_dir=it's")
+    assert "buffer.encoder: expected 'hashing'" in message(load_config, overrides="buffer.encoder=bert")
 
 
 def test_without_files_the_defaults_hold(tmp_path, monkeypatch):

@@ -480,7 +480,8 @@ def check_server(
     if status == 404:
         raise ConfigError(f"{url} has no /server_info; start the server with VLLM_SERVER_DEV_MODE=1 in its environment")
     if status // 100 != 2:
-        raise ServerError(f"{url}/server_info: HTTP status {status}: {info}")
+        what = f"HTTP status {status}" if status else "no usable answer"
+        raise ServerError(f"{url}/server_info: {what}: {info}; is the server up?")
     mode = info["vllm_config"]["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ConfigError(

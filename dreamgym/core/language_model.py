@@ -162,7 +162,8 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        lost = str(name)[:1] in "./~" and not Path(name).exists()
+        reason = "there is no such folder" if lost else str(error).splitlines()[0]
         raise DataError(
             f"language model {str(name)!r}: expected a hub name or a folder with weights; {reason}"
         ) from error

@@ -92,11 +92,11 @@ class GeneratorClient:
         return [fit_reply(replies[i], request.schema) for i, request in enumerate(requests)]
 
     def _batch(self, texts: Sequence[str], system: str, budget: int, temperature: float) -> list[Reply]:
-        from dreamgym.core.generators import SamplingParams
+        from dreamgym.core.generators import SamplingParams, derive_seed
         from dreamgym.core.language_model import PromptEncoder
 
         self.calls += 1
-        seed = None if self.seed is None else self.seed + self.calls
+        seed = None if self.seed is None else derive_seed(self.seed, self.calls)
         prompts = PromptEncoder(self.tokenizer, system)(texts)
         sampled = self.generator.generate(prompts, SamplingParams(budget, temperature, seed))
         answers = self.tokenizer.batch_decode([g.ids for g in sampled], skip_special_tokens=True)

@@ -265,7 +265,7 @@ class SmallLayer(nn.Module):
     def _mix(self, site: int, x: Tensor, keep: Tensor | None, cache: BufferedCache | None) -> Tensor:
         x, holes = self.norms[site](x), None
         if keep is not None:  # padding never leaks into the convolution
-            x, holes = x * keep, (keep == 0).sum((1, 2))
+            x, holes = x * keep.to(x.dtype), (keep == 0).sum((1, 2))
         carried = cache.layers[self.index].past if cache is not None else {}
         y, carried[site] = self.convs[site](x, carried.get(site), holes)
         return y
@@ -287,6 +287,7 @@ def attention_bias(
     attention_mask: Tensor | None,  # (B, seen + T), True on real tokens
     T: int,  # new tokens
     seen: int,  # tokens in the cache
+    device: torch.device | str = "cpu",  # of the mask, where `attention_mask` does not say
 ) -> tuple[
     Tensor | None, Tensor | None
 ]:  # (B, 1, T, seen + T) bool, (B, T, 1) 0/1 of new real tokens; None: all may be looked at, all are real
@@ -294,7 +295,7 @@ def attention_bias(
     whole = attention_mask is None or bool(attention_mask.all())
     if whole and (seen == 0 or T == 1):
         return None, None
-    real = torch.ones(1, seen + T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    real = torch.ones(1, seen + T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.bool()
     mask = real[:, None, None, :].expand(-1, 1, T, -1)
     if T > 1:
         causal = torch.ones(T, seen + T, dtype=torch.bool, device=real.device).tril(seen)
@@ -397,7 +398,7 @@ class SmallTrunk(SmallPreTrained):
         """Everything but the head."""
         table, T = embeddings_of(self, cache), input_ids.shape[1]
         seen = 0 if cache is None else cache.get_seq_length()
-        mask, keep = attention_bias(attention_mask, T, seen)
+        mask, keep = attention_bias(attention_mask, T, seen, input_ids.device)
         at = positions(attention_mask, T, seen, input_ids.device) if position_ids is None else position_ids
         rotation = rotary_angles(at, self.config, table.dtype)
         x = F.embedding(input_ids, table)

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import partial
 from heapq import nlargest
 from typing import Any
 
@@ -258,6 +257,7 @@ def read_outcome(
         return episode.task, None if episode.aborted else episode.episode_return
     try:
         named: dict[str, Any] = {key: episode.get(key) or "" for key in ("task_type", "world_id")}
+        named |= {"split": episode.get("split", "train"), "source": episode.get("task_source", "real")}
         task = Task(episode["task_id"], episode["task"], **named)
         return task, None if episode.get("aborted") else float(sum(turn["reward"] for turn in episode["turns"]))
     except KeyError as error:
@@ -429,7 +429,9 @@ def iteration_tasks(
     rng: random.Random,
     real: int = 0,  # of these, tasks that are to be played for real
 ) -> list[Task]:  # generated ones first
-    """Grows the task set and draws the tasks of its iteration."""
+    """Grows the task set and draws the tasks of its iteration. Raises ConfigError if no task is known."""
+    if not known.seeds:
+        raise ConfigError("no seed task is known; give seed_tasks, or update_performance with completed episodes")
     config, seeds = known.config, list(known.seeds.values())
     beta = strength(config.difficulty_increment, known.iteration)
     if not beta:
@@ -497,9 +499,13 @@ class CurriculumTaskGenerator:
         seed: int = 0,
         **offers: Any,  # fields of TaskSet: by_cluster, encoder, vary, feasible
     ):
-        config = config or CurriculumConfig()
-        self.known = TaskSet(config, {task.id: task for task in list(seed_tasks)[: config.seed_tasks]}, **offers)
-        self.seed, self.config, self.update_performance = seed, config, partial(learn_outcome, self.known)
+        self.seed, self.config = seed, config or CurriculumConfig()
+        seeds = {task.id: task for task in list(seed_tasks)[: self.config.seed_tasks]}
+        self.known = TaskSet(self.config, seeds, **offers)
+
+    def update_performance(self, episode: Trajectory | Mapping[str, Any]) -> None:
+        """Adds the outcome of a completed episode, or of its `episode_row`; an aborted one is only counted."""
+        learn_outcome(self.known, episode)
 
     def generate_tasks(
         self,
@@ -508,14 +514,12 @@ class CurriculumTaskGenerator:
         real: int = 0,  # of these, tasks that are to be played for real: seed tasks, at the end
     ) -> list[Task]:  # num_tasks; with too few seed tasks some repeat
         """Begins an iteration and returns its tasks. Raises ConfigError if no task is known."""
-        if not self.known.seeds:
-            raise ConfigError("no seed task is known; give seed_tasks, or update_performance with completed episodes")
         self.known.iteration += 1
         rng = random.Random(self.seed * 100_003 + self.known.iteration)
         return iteration_tasks(self.known, num_tasks, llm_client, rng, real)
 
-    def metrics(self) -> dict[str, float]:  # curriculum/...
-        """What the task set is like now."""
+    def metrics(self) -> dict[str, float]:
+        """What the task set is like now, as curriculum/..."""
         return describe_tasks(self.known)
 
     def state_dict(self) -> dict[str, Any]:  # JSON-ready

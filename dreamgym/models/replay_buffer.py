@@ -54,7 +54,7 @@ def experience_quality(
 def content_key(
     e: Experience,
 ) -> int:  # 64 bits, signed
-    """Hash of what happened: equal for rows that differ only in episode, policy, turn or iteration."""
+    """Hash of one step in one world and task: who acted, when, with what reasoning or final success does not count."""
     parts = (e.env, e.world_id, e.instruction, e.source, e.state, e.action, e.next_state, e.reward, e.terminated)
     digest = hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
@@ -126,8 +126,8 @@ def transaction(
             db.execute("ROLLBACK")
         if not isinstance(error, sqlite3.Error):
             raise
-        free = shutil.disk_usage(Path(path).parent).free if path else 0
-        raise DataError(f"{path or 'in-memory store'}: not written, {error}; {free:,} bytes free there") from error
+        free = f"; {shutil.disk_usage(Path(path).parent).free:,} bytes free there" if path else ""
+        raise DataError(f"{path or 'in-memory store'}: not written, {error}{free}") from error
 
 # %% ../../nbs/models/20_replay_buffer.ipynb #48104db2
 @dataclass(frozen=True, slots=True)

@@ -88,3 +88,11 @@ def test_reading_for_the_last_logits_leaves_the_same_cache(small, chunks):
     more = small(torch.cat([ids, following], 1), F.pad(mask, (0, 1), value=True)).logits[:, -1]
     again = small(following, F.pad(mask, (0, 1), value=True), position_ids=lengths[:, None], past_key_values=cache)
     assert torch.allclose(again.logits[:, -1], more, atol=1e-12)
+
+
+def test_half_precision_takes_left_padding(small):
+    model, mask = small.to(torch.bfloat16), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    ids = torch.tensor([[0, 0, 3, 4], [1, 2, 3, 4]])
+    padded = model(ids, attention_mask=mask).logits[0, 2:]
+    assert padded.dtype == torch.bfloat16
+    assert torch.allclose(padded, model(ids[:1, 2:]).logits[0], atol=0.1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamgym.core.config import CurriculumConfig, EnvironmentConfig
-from dreamgym.core.data_structures import Task, Trajectory, Turn
+from dreamgym.core.data_structures import Task, Trajectory, Turn, episode_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, EnvironmentFailure
 from dreamgym.core.llm import Reply
 from dreamgym.environments.alfworld import GameFiles, HouseholdEnv, build, engine_maker, explorer
@@ -75,6 +75,13 @@ def good_writer(prompt):
 
 
 # ---- Eq. 7 and groups
+
+
+def test_rows_of_episodes_say_which_tasks_are_not_for_training():
+    generator = CurriculumTaskGenerator(FULL, SEEDS[:1])
+    for task in (replace(SEEDS[1], split="unseen"), replace(SEEDS[2], source="generated"), SEEDS[3]):
+        generator.update_performance(json.loads(json.dumps(episode_row(episode(task, 1.0)))))
+    assert set(generator.known.seeds) == {"t0", "t3"} and generator.known.counts["not for training"] == 2
 
 
 def test_reward_variance_by_hand():

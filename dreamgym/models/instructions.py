@@ -118,8 +118,8 @@ def step_fields(
     if not isinstance(value, dict):
         raise PredictionError(f"expected a JSON object, got {type(value).__name__}")
     named = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): item for key, item in value.items()}
-    return {ALIASES[name]: item for name, item in named.items() if name in ALIASES} | {
-        name: item for name, item in named.items() if name not in ALIASES
+    return {ALIASES[name]: named[name] for name in ALIASES if name in named} | {
+        name: item for name, item in named.items() if name not in ALIASES  # a field's own name counts for more
     }
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -310,8 +310,10 @@ class EnvironmentConfig(Section):
     name: str = Field("alfworld", description="environment, or 'module:function' of your own [ours]")
     data_dir: str | None = Field(None, description="official data, folder or archive; null: usual places [ours]")
     engine: Literal["native", "textworld"] = Field("native", description="own engine, or the official one [ours]")
-    size: Literal["small", "full"] = Field("small", description="generated worlds: 9-12 or 7-54 receptacles [ours]")
-    max_episode_steps: int | None = Field(None, gt=0, description="turns; null: 30 if small, else 50 [verl-agent]")
+    size: Literal["small", "full"] = Field("small", description="generated worlds: 9-12 or 6-54 receptacles [ours]")
+    max_episode_steps: int | None = Field(
+        None, gt=0, description="turns; null: the environment's own, 30 or 50 in households [ours]"
+    )
     mapper: bool = Field(True, description="abstract states; false: the raw observation [paper]")
     offline_data: str | None = Field("auto", description="'auto' records it, a path reads it, null: none [ours]")
     live_episodes: int | None = Field(
@@ -328,11 +330,6 @@ class EnvironmentConfig(Section):
     browsers: int = Field(2, gt=0, description="browsers that run at a time (processes) [ours]")
     num_train_worlds: int = Field(600, gt=0, description="training worlds in the offline data (worlds) [ours]")
     eval_split: str = Field("unseen", description="split of the closing table [ours]")
-
-    @property
-    def turn_limit(self) -> int:
-        """Turns before an episode is truncated."""
-        return self.max_episode_steps or {"small": 30, "full": 50}[self.size]
 
 # %% ../../nbs/core/02_config.ipynb #d70c9f50
 class Config(Section):
@@ -588,11 +585,12 @@ def config_hash(
 
 # %% ../../nbs/core/02_config.ipynb #eb1fc7e2
 def config_template() -> str:  # YAML text of all defaults
-    """Every key with its default and, above it, its description."""
+    """Every key with its default; above it its description, behind it the words that may stand there."""
     lines = ["# Every key with its default. Written by dreamgym.core.config.config_template."]
     for name, section in SECTIONS.items():
         lines += ["", f"{name}:"]
         for key, info in section.model_fields.items():
             value = yaml.safe_dump(info.default, default_flow_style=True).replace("\n...", "").strip()
-            lines += [f"  # {info.description}", f"  {key}: {value}"]
+            words = f"  # {' | '.join(get_args(info.annotation))}" if get_origin(info.annotation) is Literal else ""
+            lines += [f"  # {info.description}", f"  {key}: {value}{words}"]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """dreamgym.core.config: sections, precedence, and what is said about a mistake."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from dreamgym.core.config import (
     SECTIONS,
     BufferConfig,
     Config,
-    EnvironmentConfig,
     config_hash,
     config_keys,
     config_template,
@@ -26,6 +26,7 @@ from dreamgym.core.config import (
     save_config,
 )
 from dreamgym.core.errors import ConfigError
+from dreamgym.core.served import served_client
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -71,6 +72,33 @@ def test_default_yaml_is_the_template():
     text = (ROOT / "configs" / "default.yaml").read_text(encoding="utf-8")
     assert text == config_template(), "rewrite configs/default.yaml with config_template()"
     assert load_config() == Config()
+
+
+def test_the_template_says_which_words_a_key_takes():
+    lines = config_template().splitlines()
+    choices = {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines if " | " in line}
+    assert choices["provider"] == "local | openai | anthropic" and choices["engine"] == "native | textworld"
+    for name, section in SECTIONS.items():
+        for key, info in section.model_fields.items():
+            if key in choices and isinstance(info.default, str):
+                for word in choices[key].split(" | "):
+                    assert getattr(section(**{key: word}), key) == word, f"{name}.{key}"
+    assert {"annotation", "eviction", "pessimism", "context", "mode", "algorithm", "size", "domain"} <= set(choices)
+
+
+def test_the_readme_names_keys_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.[a-z_]+", text))
+    assert len(named) > 30 and named <= set(config_keys())
+
+
+def test_the_readme_serves_a_model_of_ones_own():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for provider in ("openai", "anthropic"):
+        asked = re.findall(r"reasoning_model\.(?!annotation)\w+=[^\s`]+", text[text.index("**Your own language model") :])
+        section = load_config(None, "alfworld", "cpu", [*asked, f"reasoning_model.provider={provider}"]).reasoning_model
+        client = served_client(section.model_copy(update={"cache": None}))
+        assert section.instructed and client.server.model == "NAME" and client.ledger.cost_limit == 5
 
 
 def test_five_files_and_three_presets():
@@ -238,11 +266,6 @@ def test_project_root_from_anywhere(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         assert project_root() == ROOT
     assert project_path("runs") == ROOT / "runs" and project_path(tmp_path) == tmp_path
-
-
-def test_turn_limit():
-    assert [EnvironmentConfig(size=size).turn_limit for size in ("small", "full")] == [30, 50]
-    assert EnvironmentConfig(size="full", max_episode_steps=12).turn_limit == 12
 
 
 def test_import_is_light():

@@ -95,7 +95,9 @@ def test_the_readme_names_keys_that_exist():
 def test_the_readme_serves_a_model_of_ones_own():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for provider in ("openai", "anthropic"):
-        asked = re.findall(r"reasoning_model\.(?!annotation)\w+=[^\s`]+", text[text.index("**Your own language model") :])
+        asked = re.findall(
+            r"reasoning_model\.(?!annotation)\w+=[^\s`]+", text[text.index("**Your own language model") :]
+        )
         section = load_config(None, "alfworld", "cpu", [*asked, f"reasoning_model.provider={provider}"]).reasoning_model
         client = served_client(section.model_copy(update={"cache": None}))
         assert section.instructed and client.server.model == "NAME" and client.ledger.cost_limit == 5

@@ -269,6 +269,10 @@ def parse_game(
     task, style, help_text = read_grammar(data["grammar"], game_id)
     facts, goal_text = read_facts(data["pddl_problem"].lower(), game_id)
     names = instance_names({key for rows in facts.values() for row in rows for key in row})
+    if not facts["atlocation"]:
+        raise DataError(f"{game_id}: expected a fact (atLocation agent place), which says where the agent starts")
+    if untyped := {o for o, _ in facts["inreceptacle"]} - {o for o, _ in facts["objecttype"]}:
+        raise DataError(f"{game_id}: {min(untyped)!r} lies in a receptacle, but no fact (objectType …) says what it is")
     try:
         fields = _fields(facts, names)
     except (KeyError, ValueError, IndexError) as error:

@@ -3,6 +3,7 @@
 import json
 import lzma
 import random
+import re
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -231,6 +232,16 @@ def test_broken_pddl_is_a_clear_error(name):
     game = generate_game(0)
     with pytest.raises(DataError, match="some/game"):
         parse_game(stub(game, BROKEN[name](problem_text(game))), "some/game")
+
+
+def test_a_file_without_an_agent_or_a_type_says_so():
+    game = generate_game(0)
+    text = problem_text(game)
+    with pytest.raises(DataError, match=r"some/game: expected a fact \(atLocation agent place\)"):
+        parse_game(stub(game, BROKEN["no agent"](text)), "some/game")
+    inside = re.search(r"\(inReceptacle (\S+) ", text)[1]
+    with pytest.raises(DataError, match=rf"some/game: '{re.escape(inside.lower())}' lies in a receptacle, but no fact"):
+        parse_game(stub(game, re.sub(rf"\(objectType {re.escape(inside)} \w+\)", "", text)), "some/game")
 
 
 @pytest.mark.parametrize(

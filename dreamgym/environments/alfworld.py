@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 __all__ = ['logger', 'MEMBER_LIMIT', 'TEST_PLANS', 'VALIDATION_PLANS', 'HELD_OUT', 'SPLITS', 'GameFiles', 'game_id_of',
            'folder_games', 'archive_games', 'find_games', 'floor_plan', 'split_ids', 'TaskList', 'official_tasks',
            'generated_tasks', 'Engine', 'OfficialEngine', 'Slot', 'HouseholdEnv', 'start_episode', 'play_turn', 'build',
-           'state_tools', 'engine_maker', 'data_info', 'explorer', 'by_task_type']
+           'state_tools', 'engine_maker', 'data_info', 'explorer']
 
 # %% ../../nbs/environments/12_alfworld.ipynb #9a379932
 @dataclass(frozen=True)
@@ -515,17 +515,3 @@ def explorer(
     if not isinstance(engine, HouseholdEngine):
         raise EnvironmentFailure("the expert reads our engine's state; set environment.engine to 'native'")
     return expert_action(engine, explore=True, seed=seed)
-
-# %% ../../nbs/environments/12_alfworld.ipynb #b18f0fe7
-def by_task_type(
-    tasks: Iterable[Task],
-    successes: Iterable[bool],
-) -> dict[str, tuple[int, int]]:  # task type -> (won, games); 'all' comes last
-    """Counts of won games for each task type and in all."""
-    won: Counter[str] = Counter()
-    games: Counter[str] = Counter()
-    for task, success in zip(tasks, successes, strict=True):
-        for key in (task.task_type, "all"):
-            won[key] += bool(success)
-            games[key] += 1
-    return {key: (won[key], games[key]) for key in [*sorted(set(games) - {"all"}), "all"]}

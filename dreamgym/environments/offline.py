@@ -5,23 +5,17 @@
 # %% ../../nbs/environments/16_offline.ipynb #1cbab775
 from __future__ import annotations
 
-import json
-import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ..core.data_structures import Experience, StepResult, Task, Trajectory, Transition, from_row, to_row
-from ..core.errors import DataError, EnvironmentFailure
+from ..core.data_structures import Experience, StepResult, Task, Trajectory, Transition
+from ..core.errors import EnvironmentFailure
 from .base_env import Environment
 
-log = logging.getLogger(__name__)
-
 # %% auto #0
-__all__ = ['log', 'EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'real_experience', 'experiences_of', 'save_experiences',
-           'load_experiences']
+__all__ = ['EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'real_experience', 'experiences_of']
 
 # %% ../../nbs/environments/16_offline.ipynb #e8d58377
 @dataclass(frozen=True, slots=True)
@@ -145,42 +139,3 @@ def experiences_of(
         origin = {"episode_id": f"{task.id}/{policy}/{iteration}-{trajectory.group}", "turn": i, "policy": policy}
         rows.append(real_experience(step, task, env, **origin, success=trajectory.success, iteration=iteration))
     return rows
-
-# %% ../../nbs/environments/16_offline.ipynb #9ae31145
-def save_experiences(
-    path: str | Path,
-    experiences: Iterable[Experience],
-) -> int:  # lines written
-    """Writes experiences as JSON lines."""
-    lines = [json.dumps(to_row(e), ensure_ascii=False) for e in experiences]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return len(lines)
-
-
-def load_experiences(
-    path: str | Path,  # a .jsonl file, or a folder of them
-    strict: bool = False,  # True: raise at the first bad line
-) -> tuple[list[Experience], list[str]]:  # experiences, and 'file:line: reason' of each bad line
-    """Reads experiences back. Raises DataError if there is no such file, or nothing in it can be read."""
-    source = Path(path)
-    files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
-    if not files or not all(file.is_file() for file in files):
-        raise DataError(f"offline data {str(path)!r}: expected a .jsonl file or a folder of them; record some first")
-    rows, bad = [], []
-    for file in files:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # a state may hold other line breaks
-        for number, line in enumerate(lines, 1):
-            try:
-                rows += [from_row(Experience, json.loads(line))] if line.strip() else []
-            except (ValueError, TypeError, AttributeError) as error:
-                bad.append(f"{file.name}:{number}: {error}")
-                if strict:
-                    raise DataError(f"offline data {bad[-1]}") from error
-    if bad:
-        log.warning(
-            "%d of %d lines in %s could not be read; the first: %s", len(bad), len(bad) + len(rows), path, bad[0]
-        )
-    if not rows:
-        raise DataError(f"offline data {str(path)!r}: no line could be read" + (f"; {bad[0]}" if bad else ""))
-    return rows, bad

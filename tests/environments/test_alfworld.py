@@ -16,7 +16,6 @@ from dreamgym.environments.alfworld import (
     HouseholdEnv,
     archive_games,
     build,
-    by_task_type,
     engine_maker,
     explorer,
     find_games,
@@ -339,13 +338,6 @@ def test_mapper_is_shared_by_reset_and_step():
     assert first.state == env.mapper.start(tasks[0], first.observation) != first.observation
     second = batch.step([0], [explorer(batch, 0)])[0]
     assert second.admissible_actions == env.mapper.admissible_actions(second.state)
-
-
-def test_results_by_task_type():
-    tasks = generated_tasks("unseen")[:20]
-    counts = by_task_type(tasks, [True] * 5 + [False] * 15)
-    assert list(counts)[-1] == "all" and counts["all"] == (5, 20)
-    assert sum(n for kind, (_, n) in counts.items() if kind != "all") == 20
 
 
 def test_official_engine_or_the_command_that_installs_it():

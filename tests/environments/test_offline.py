@@ -1,7 +1,6 @@
 """Recorded episodes: every real transition once, in order, by whom, and read back from damaged files."""
 
 import json
-import logging
 import random
 from dataclasses import replace
 
@@ -9,18 +8,12 @@ import pytest
 
 from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.data_structures import Experience, StepResult, Task, Trajectory, Turn, to_row
-from dreamgym.core.errors import DataError, EnvironmentFailure
+from dreamgym.core.errors import EnvironmentFailure
+from dreamgym.core.experience_files import write_jsonl
 from dreamgym.environments.base_env import CountingEnv, Environment, had_effect, make_environment
 from dreamgym.environments.household_rules import reasoning_trace
-from dreamgym.environments.offline import (
-    EXPERT,
-    RANDOM,
-    Behaviour,
-    experiences_of,
-    load_experiences,
-    record,
-    save_experiences,
-)
+from dreamgym.environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
+from dreamgym.environments.offline_readers import read_trajectories
 
 NOISY = Behaviour("noisy", 0.4)
 
@@ -187,39 +180,17 @@ def test_rows_of_a_trajectory_equal_the_recorded_ones(env):
 # ---- files
 
 
-def test_files_round_trip(env, tmp_path):
-    rows = [row for ep in record(env, env.tasks("train")[:5], NOISY) for row in ep]
-    rows.append(replace(rows[0], state="naïve ☃ \u2028 \x85 state", success=None))
-    assert save_experiences(tmp_path / "deep" / "a.jsonl", rows) == len(rows)
-    assert load_experiences(tmp_path / "deep" / "a.jsonl", strict=True) == (rows, [])
-    save_experiences(tmp_path / "deep" / "b.jsonl", rows[:3])
-    assert load_experiences(tmp_path / "deep")[0] == rows + rows[:3]
-
-
-def test_torn_and_foreign_lines_are_counted_and_named(env, tmp_path, caplog):
-    rows = [row for ep in record(env, env.tasks("train")[:8], EXPERT) for row in ep]
+def test_recorded_rows_return_from_a_damaged_file(env, tmp_path):
+    rows = [row for ep in record(env, env.tasks("train")[:8], NOISY) for row in ep]
+    rows.append(replace(rows[0], state="naïve ☃ \u2028 \x85 state", success=None, episode_id="another"))
+    assert write_jsonl(tmp_path / "a.jsonl", rows) == len(rows)
+    assert read_trajectories(tmp_path, strict=True) == (rows, [])
     lines, rng = [json.dumps(to_row(row)) for row in rows], random.Random(0)
     garbage = ["{", "null", "[1]", "not json", '{"state": "s"}', '{"moon": 1}', "\ufffd\x00", lines[0][:50]]
     places = sorted(rng.sample(range(len(lines)), len(garbage)), reverse=True)
     for at, text in zip(places, garbage, strict=True):
         lines.insert(at, text)
-    path = tmp_path / "torn.jsonl"
-    path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe broken bytes")
-    with caplog.at_level(logging.WARNING):
-        back, bad = load_experiences(path)
-    assert back == rows and len(bad) == len(garbage) + 1
+    (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe broken bytes")
+    back, bad = read_trajectories(tmp_path / "a.jsonl")
     numbers = [i for i, line in enumerate(lines, 1) if line in garbage] + [len(lines) + 1]
-    assert [int(entry.split(":")[1]) for entry in bad] == numbers and bad[0].startswith("torn.jsonl:")
-    assert f"{len(bad)} of {len(lines) + 1} lines" in caplog.text
-    with pytest.raises(DataError, match=f"torn.jsonl:{numbers[0]}"):
-        load_experiences(path, strict=True)
-
-
-def test_nothing_to_read_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="record some first"):
-        load_experiences(tmp_path / "missing.jsonl")
-    with pytest.raises(DataError, match="record some first"):
-        load_experiences(tmp_path)
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="no line could be read"):
-        load_experiences(tmp_path)
+    assert back == rows and [int(entry.split(":")[1]) for entry in bad] == numbers

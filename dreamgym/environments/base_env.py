@@ -49,11 +49,11 @@ class Environment:
     max_turns: int
     tasks: Callable[[str], Sequence[Task]]  # split -> tasks, in a fixed order
     make: Callable[[int], BatchEnv]  # number of slots -> fresh batch environment
-    expert: Callable[..., Any] | None = None
-    annotate: Callable[..., Any] | None = None
+    expert: Callable[..., Any] | None = None  # (batch, slot, seed) -> next action, from any state: noise precedes it
+    annotate: Callable[..., Any] | None = None  # (state, action, next_state) -> one line of reasoning
     vary: Callable[..., Any] | None = None  # (task, n, seed) -> other instructions for its world
     feasible: Callable[..., Any] | None = None  # generated tasks -> each with its type, or None
-    verify: Callable[..., Any] | None = None
+    verify: Callable[..., Any] | None = None  # (state, action, next_state, reward, terminated) -> contradictions, or []
     determined: Callable[[Experience], bool] | None = None  # whether what is known fixes the next state word for word
     info: dict[str, Any] | None = None  # data version, engine, size: recorded with every result
     max_slots: int = 128  # most episodes at a time; few where each needs a browser

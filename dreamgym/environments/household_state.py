@@ -260,9 +260,6 @@ class HouseholdMapper:
     def admissible_actions(self, state: str) -> list[str]:
         return possible_actions(parse_state(state), self.variant)
 
-    def focus(self, state: str, action: str) -> str:
-        return focus(state, action)
-
     def silent(self, state: str, action: str) -> bool:
         """Whether the outcome depends on a place that was never seen inside."""
         return action.startswith(("go to ", "open ")) and "?" in focus(state, action)

@@ -147,7 +147,7 @@ def exact_price(
 def price_limit(
     price: float,
     key: str,  # equal keys draw equally
-) -> float:  # US dollars; 1,000,000 where no multiple of 10 below 1,000 is large enough
+) -> float:  # US dollars; 1,000,000 unless two multiples of 10 below 1,000 are larger than the price
     """An upper bound that the product keeps."""
     above = [10.0 * i for i in range(1, 100) if 10.0 * i > price][:4]
     return max(random.Random(key).sample(above, 2)) if len(above) > 1 else 1_000_000.0

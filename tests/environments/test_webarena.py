@@ -12,7 +12,7 @@ from dreamgym.core.config import EnvironmentConfig
 from dreamgym.core.data_structures import Experience, Task
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, EnvironmentFailure, MissingExtra
 from dreamgym.environments import browser, webarena
-from dreamgym.environments.browser_worker import WorkerEpisodes
+from dreamgym.environments.browser_worker import WorkerEpisodes, register_site_tasks
 from dreamgym.environments.miniwob import SOLVED
 from dreamgym.environments.site_tasks import said, score, site_tasks, vary, webarena_config, world_goals
 from dreamgym.environments.sites import HEADERS, ROUTES, SITES, SiteServer, open_database
@@ -286,6 +286,21 @@ def test_a_task_goes_by_the_number_that_browsergym_knows():
     assert lite.metadata["gym"] == "browsergym/webarenalite.7" and lite.id == "webarenalite.7"
     del record["old_task_id"]
     assert webarena.official_task("webarena", record, "unseen").metadata["gym"] == "browsergym/webarena.0"
+
+
+def test_embedded_tasks_have_ids_of_browsergym_and_sites_of_their_own():
+    pytest.importorskip("browsergym.core")
+    gymnasium = pytest.importorskip("gymnasium")
+    tasks = site_tasks("unseen", 1)[:2]
+    names = register_site_tasks(tasks)
+    assert names == [f"browsergym/dreamgym.{task.id}" for task in tasks] and set(names) <= set(gymnasium.registry)
+    made = [gymnasium.spec(name).entry_point().task_entrypoint(seed=0) for name in names]
+    try:
+        assert [task.config["intent"] for task in made] == [task.instruction for task in tasks]
+        assert made[0].url != made[1].url and all(task.config["start_url"].startswith(task.url) for task in made)
+    finally:
+        for task in made:
+            task.teardown()
 
 
 @pytest.fixture

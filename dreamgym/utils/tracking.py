@@ -147,8 +147,10 @@ def lock_folder(
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
-        who = "this process; close it first" if owner == str(os.getpid()) else f"process {owner}"
-        raise ConfigError(f"run folder {path} is in use by {who}; wait for it or choose another out_dir") from None
+        who = f"process {owner}; wait for it or choose another out_dir"
+        if owner == str(os.getpid()):
+            who = "this process; close its RunDir, or restart the notebook's kernel"
+        raise ConfigError(f"run folder {path} is in use by {who}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

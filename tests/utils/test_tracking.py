@@ -29,7 +29,7 @@ def test_second_process_is_refused_within_a_second_and_a_killed_one_leaves_no_lo
         assert owner.stdout.readline() == "1\n"
         message = start(OPEN, tmp_path / "run").communicate()[0]
         took, kind, text = message.split(maxsplit=2)
-        assert float(took) < 1 and kind == "ConfigError" and f"process {owner.pid}" in text
+        assert float(took) < 1 and kind == "ConfigError" and f"process {owner.pid}; wait for it" in text
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
@@ -38,8 +38,9 @@ def test_second_process_is_refused_within_a_second_and_a_killed_one_leaves_no_lo
 
 def test_same_process_is_told_to_close(tmp_path):
     with RunDir(tmp_path):
-        with pytest.raises(ConfigError, match="this process"):
+        with pytest.raises(ConfigError, match="in use by this process; close its RunDir") as found:
             RunDir(tmp_path)
+    assert "wait" not in str(found.value)
     RunDir(tmp_path).close()
 
 

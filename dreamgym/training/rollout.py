@@ -118,13 +118,22 @@ class _Board:
         self.ended += 1
 
 # %% ../../nbs/training/31_rollout.ipynb #988c854a
+def _answers(env: BatchEnv, results: Sequence[StepResult], asked: Sequence[int], call: str) -> Sequence[StepResult]:
+    """Raises ValueError for an environment that does not answer for each slot that it was asked for."""
+    if len(results) != len(asked):
+        name = f"{type(env).__name__}.{call}"
+        raise ValueError(f"{name}: expected {len(asked)} results, one a slot, got {len(results)}; try check_env")
+    return results
+
+
 def _fill(board: _Board, env: BatchEnv, config: RolloutConfig, codec: TurnCodec) -> None:
     """Starts waiting tasks in free slots."""
     free = [slot for slot in range(config.slots) if slot not in board.running][: len(board.waiting)]
     chosen = [board.waiting.pop() for _ in free]
     if not chosen:
         return
-    results = env.reset(free, [task for _, task in chosen], [task.seed for _, task in chosen])
+    started = env.reset(free, [task for _, task in chosen], [task.seed for _, task in chosen])
+    results = _answers(env, started, free, "reset")
     for slot, (index, task), result in zip(free, chosen, results, strict=True):
         episode = _Running(task, board.groups[task.id], result.state, result.admissible_actions)
         if result.done:
@@ -176,7 +185,7 @@ def _play(
         return
     replies = _generate(board, prompts, generator, codec, config, seed)
     said = [codec.parse(reply.ids, reply.stop_reason == "stop") for reply in replies]
-    results = env.step(list(prompts), [parsed.action for parsed in said])
+    results = _answers(env, env.step(list(prompts), [parsed.action for parsed in said]), list(prompts), "step")
     for slot, reply, parsed, result in zip(prompts, replies, said, results, strict=True):
         index, episode = board.running[slot]
         penalty = config.invalid_action_penalty

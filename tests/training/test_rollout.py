@@ -174,6 +174,16 @@ def test_failed_episodes_leave_the_others_alone(codec):
     assert rollout_metrics(only_broken)["success"] == 0 and rollout(always(codec), Watched(2), [], codec) == []
 
 
+@pytest.mark.parametrize("call", ["reset", "step"])
+def test_an_environment_that_answers_too_little_is_named(codec, call):
+    class Forgetful(CountingEnv):
+        pass
+
+    setattr(Forgetful, call, lambda self, *given: getattr(CountingEnv, call)(self, *given)[:-1])
+    with pytest.raises(ValueError, match=rf"Forgetful\.{call}: expected 2 results, one a slot, got 1; try check_env"):
+        rollout(always(codec), Forgetful(2), [Task("a", "2"), Task("b", "2")], codec, RolloutConfig(slots=2))
+
+
 def test_groups_are_the_rollouts_of_one_task(codec):
     tasks = [Task(name, "2") for name in "abacba"]
     groups = [t.group for t in rollout(always(codec), Watched(4), tasks, codec, RolloutConfig(slots=4))]

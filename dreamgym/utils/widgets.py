@@ -13,8 +13,8 @@ from typing import Any
 from .tracking import read_jsonl
 
 # %% auto #0
-__all__ = ['STYLE', 'Html', 'text_block', 'outcome', 'head_html', 'turn_html', 'chosen_turns', 'episode_html', 'compare_html',
-           'load_episodes', 'episodes_html', 'browse_episodes', 'episode_options']
+__all__ = ['STYLE', 'Html', 'text_block', 'outcome', 'head_html', 'turn_html', 'final_html', 'chosen_turns', 'episode_html',
+           'compare_html', 'load_episodes', 'episodes_html', 'browse_episodes', 'episode_options']
 
 # %% ../../nbs/utils/08_widgets.ipynb #208a8481
 class Html(str):
@@ -22,6 +22,9 @@ class Html(str):
 
     def _repr_html_(self) -> str:
         return str(self)
+
+    def __repr__(self) -> str:
+        return f"<Html, {len(self):,} characters>"
 
 
 STYLE = """<style>
@@ -83,6 +86,15 @@ def turn_html(
     return f'<div class="{css}"><div class="dg-label">turn {number} · reward {reward_text}{note}</div>{blocks}</div>'
 
 # %% ../../nbs/utils/08_widgets.ipynb #4feb3324
+def final_html(
+    episode: Mapping[str, Any],
+    turn: int = 0,  # the one that is shown, from 1; 0: all of them
+) -> str:  # empty where the last turn is not shown
+    """The state that an episode ended in."""
+    ends = not turn or turn >= len(episode.get("turns", []))
+    return text_block("final state", episode.get("final_state")) if ends else ""
+
+
 def chosen_turns(
     episode: Mapping[str, Any],
     turn: int = 0,  # only this turn, from 1; 0: all of them
@@ -98,9 +110,7 @@ def episode_html(
 ) -> Html:
     """One episode as static HTML."""
     body = "".join(turn_html(row, number) for number, row in chosen_turns(episode, turn))
-    ends = not turn or turn >= len(episode.get("turns", []))
-    last = text_block("final state", episode.get("final_state")) if ends else ""
-    return Html(f'{STYLE}<div class="dg">{head_html(episode)}{body}{last}</div>')
+    return Html(f'{STYLE}<div class="dg">{head_html(episode)}{body}{final_html(episode, turn)}</div>')
 
 # %% ../../nbs/utils/08_widgets.ipynb #8dbe9329
 def compare_html(
@@ -113,7 +123,7 @@ def compare_html(
     cells = [f"<div>{head_html(left)}</div><div>{head_html(right)}</div>"]
     for i in range(max(map(len, columns))):
         cells += [f"<div>{turn_html(c[i][1], c[i][0]) if i < len(c) else ''}</div>" for c in columns]
-    cells += [f"<div>{text_block('final state', episode.get('final_state'))}</div>" for episode in (left, right)]
+    cells += [f"<div>{final_html(episode, turn)}</div>" for episode in (left, right)]
     return Html(f'{STYLE}<div class="dg"><div class="dg-pair">{"".join(cells)}</div></div>')
 
 # %% ../../nbs/utils/08_widgets.ipynb #2a7b1216
@@ -128,15 +138,22 @@ def load_episodes(
 def episodes_html(
     episodes: Sequence[Mapping[str, Any]],
     limit: int = 20,  # episodes shown
+    size: int | None = None,  # characters that they may take together; what does not fit is left out
 ) -> Html:
     """Episodes as a foldable list."""
-    items = []
-    for episode in episodes[:limit]:
+    items: list[str] = []
+    taken = 0
+    for episode in episodes:
+        if len(items) == limit:
+            break
         turns = "".join(turn_html(turn, number) for number, turn in chosen_turns(episode))
-        last = text_block("final state", episode.get("final_state"))
-        items.append(f"<details><summary>{head_html(episode)}</summary>{turns}{last}</details>")
-    more = f"<div>… {len(episodes) - limit} more episodes</div>" if len(episodes) > limit else ""
-    return Html(f'{STYLE}<div class="dg">{"".join(items) or "no episodes"}{more}</div>')
+        item = f"<details><summary>{head_html(episode)}</summary>{turns}{final_html(episode)}</details>"
+        if size is None or taken + len(item) <= size:
+            items.append(item)
+            taken += len(item)
+    left = len(episodes) - len(items)
+    more = f"<div>… {left} more episodes</div>" if left else ""
+    return Html(f'{STYLE}<div class="dg">{"".join([*items, more]) or "no episodes"}</div>')
 
 # %% ../../nbs/utils/08_widgets.ipynb #d0c11d8c
 def browse_episodes(

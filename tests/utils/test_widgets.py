@@ -63,6 +63,21 @@ def test_list_reads_a_run_and_says_what_it_leaves_out(tmp_path):
     assert html.count("<details>") == 20 and "10 more episodes" in html and html._repr_html_() == html
 
 
+def test_a_list_keeps_to_its_size():
+    """Long episodes are left out, shorter ones after them are not."""
+    long = DREAM | {"turns": DREAM["turns"] * 40}
+    html = episodes_html([DREAM, long, REAL], size=3000)
+    assert html.count("<details>") == 2 and "1 more episodes" in html and len(html) < 3000 + len(episodes_html([]))
+    assert len(repr(html)) < 40 and html._repr_html_() == html  # a notebook stores the text once
+    assert "no episodes" not in episodes_html([long], size=10) and "1 more" in episodes_html([long], size=10)
+
+
+def test_final_states_stand_under_the_last_turn_only():
+    dream, real = DREAM | {"final_state": "end A"}, REAL | {"final_state": "end B"}
+    first, second = compare_html(dream, real, 1), compare_html(dream, real, 2)
+    assert "end A" not in first and "end B" in first and "end A" in second and "end A" in compare_html(dream, real)
+
+
 def test_browser_controls():
     pytest.importorskip("ipywidgets")
     top, middle, pane = browse_episodes([DREAM, REAL]).children

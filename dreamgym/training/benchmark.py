@@ -411,14 +411,15 @@ def curves_of(
     rows: Sequence[Row],  # of one setting
     key: str = "success",  # of CURVE
 ) -> dict[str, tuple[list[int], list[Estimate]]]:  # label: iterations, means over seeds
-    """How each method's validation success, or its dream, went over its iterations."""
+    """How each method's validation success, or its dream, went over its iterations, each where its policy was made."""
     found = {}
     for name, method in METHODS.items():
         runs = [row["curve"] for row in rows if row["method"] == name and row.get("curve")]
         curves = [{point["iteration"]: point[key] for point in run if key in point} for run in runs]
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
         if shared:
-            found[method.label] = shared, [mean_of([curve[i] for curve in curves]) for i in shared]
+            at = [i - (key != "success") for i in shared]  # dreams are played before the update of their iteration
+            found[method.label] = at, [mean_of([curve[i] for curve in curves]) for i in shared]
     return found
 
 

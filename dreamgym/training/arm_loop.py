@@ -97,7 +97,7 @@ class ArmLoop(Progress):
 
     @property
     def where(self) -> str:
-        """'dream' or 'real': where the next iteration rolls out."""
+        """'dream' as long as the dream lasts, whatever share of it `dreamt` is; then 'real'."""
         return "real" if self.arm == "real" or self.iteration >= self.config.training.num_iterations else "dream"
 
     @property

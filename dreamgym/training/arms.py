@@ -223,12 +223,13 @@ def run_iteration(
     start, number = time.monotonic(), loop.iteration + 1
     seed = loop.config.training.seed * 100_003 + number
     torch.manual_seed(seed)
-    before, where = experience_counts(loop), loop.where
+    before = experience_counts(loop)
     dreams, games = from_main(lambda: play_iteration(loop), loop.accelerator)
     trajectories, rolled, learned = dreams + games, time.monotonic(), loop.curriculum.state_dict()
     metrics = rollout_metrics(trajectories)
     counted = loop.real_transitions + sum(len(t.turns) for t in games)
-    row: dict[str, Any] = {"iteration": number, "rollout/source": where, "rollout/n": metrics["episodes"]}
+    source = "mixed" if dreams and games else "dream" if dreams else "real"
+    row: dict[str, Any] = {"iteration": number, "rollout/source": source, "rollout/n": metrics["episodes"]}
     row |= {f"rollout/{key}": value for key, value in metrics.items()} | loop.curriculum.metrics()
     row |= {f"dream/{key}": n - before.get(key, 0) for key, n in experience_counts(loop).items() if dreams}
     if dreams and due(loop, number) and is_main(loop.accelerator):

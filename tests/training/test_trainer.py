@@ -38,7 +38,14 @@ from dreamgym.training.preparation import (
     offline_data,
 )
 from dreamgym.training.train import main
-from dreamgym.training.trainer import DreamGymTrainer, check_alone, claim_folder, run_iteration, start_arm_loop
+from dreamgym.training.trainer import (
+    DreamGymTrainer,
+    check_alone,
+    claim_folder,
+    describe,
+    run_iteration,
+    start_arm_loop,
+)
 from dreamgym.training.trl_baselines import accelerate_as_before
 from dreamgym.utils.tracking import RunDir
 
@@ -349,6 +356,13 @@ def test_synthetic_ratio_mixes_real_episodes_into_the_dream(tmp_path):
     with RunDir(tmp_path / "dream") as run:
         row = run_iteration(start_arm_loop(t.config, t.prepare(), "dream", "cpu", run))
     assert 0 < row["rollout/real_transitions"] < row["rollout/transitions"]
+    assert row["rollout/source"] == "mixed" and describe("dream", row).startswith("dream iteration 1: mixed success")
+
+
+def test_a_dream_arm_without_dreams_says_that_it_is_real(whole, tmp_path):
+    row = run_iteration(loop_in(tmp_path, whole / "prepared", buffer__synthetic_ratio=0.0))
+    assert row["rollout/source"] == "real" and row["rollout/real_transitions"] == row["rollout/transitions"] > 0
+    assert metrics(whole / "dream")[-1]["rollout/source"] == "dream"
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "gigpo"])

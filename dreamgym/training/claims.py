@@ -13,11 +13,11 @@ from typing import Any
 from ..core.config import load_config
 from ..utils.plots import method_colour, new_axes
 from ..utils.statistics import stratified_bootstrap
-from .benchmark import Row, difference, mean_of, read_name
+from .benchmark import METHODS, Row, difference, mean_of, read_name
 
 # %% auto #0
-__all__ = ['CLAIMS', 'PAPER', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'by_type', 'contrast', 'verdict',
-           'in_points', 'describe', 'reading_order', 'table_of_settings', 'plot_settings']
+__all__ = ['CLAIMS', 'PAPER', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'said_by_paper', 'by_type', 'contrast',
+           'verdict', 'in_points', 'describe', 'reading_order', 'table_of_settings', 'plot_settings']
 
 # %% ../../nbs/training/42_claims.ipynb #07238074
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
 # %% ../../nbs/training/42_claims.ipynb #24f7e498
 PAPER: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {  # success on ALFWorld in percent [arXiv:2511.03773, Table 1]
-        "bc": (61.7, 68.0, 71.8),
+        "bc": (61.7, 68.0, 71.8),  # its SFT baseline
         "dpo": (63.3, 63.9, 61.1),
         "grpo": (65.3, 70.9, 79.8),
         "grpo-dream": (62.1, 66.3, 71.0),
@@ -61,12 +61,27 @@ PAPER: Mapping[str, tuple[float, ...]] = MappingProxyType(
 
 
 def in_paper(
-    weights: Mapping[str, float],
-) -> list[float]:  # in points, one a model
-    """The same sum of the paper's numbers."""
+    weights: Mapping[str, float],  # of methods, keys of PAPER
+) -> list[float]:  # in points, one a model; empty: the paper has no such number
+    """The same sum of the paper's numbers. Of its SFT baseline only differences: its RL need not start from that."""
+    if "bc" in weights and sorted(weights.values()) != [-1, 1]:
+        return []
     return [
         sum(w * of for w, of in zip(weights.values(), model, strict=True)) for model in zip(*map(PAPER.get, weights))
     ]
+
+
+def said_by_paper(
+    weights: Mapping[str, float],  # of methods, keys of PAPER
+) -> str:  # a sentence
+    """What the paper's numbers say of a sum, and whether they are the same quantity."""
+    points = ", ".join(f"{value:+.1f}" for value in in_paper(weights))
+    if not points:
+        return "The paper: no such number, since it does not say where its RL starts."
+    if "bc" not in weights:
+        return f"The paper: {points}."
+    (other,) = (METHODS[name].label for name in weights if name != "bc")
+    return f"The paper: {points} for {other} − SFT baseline; it does not say that its RL starts from that."
 
 # %% ../../nbs/training/42_claims.ipynb #d5fdf216
 def by_type(

@@ -401,7 +401,8 @@ def validate(
         return evaluate_policy(loop.player, loop.ready.env, tasks, temperature, section=section).row()
 
     found = from_main(play, loop.accelerator)
-    row |= {f"eval/{key}": found[key] for key in ("success", "n", "transitions", "invalid_actions")}
+    known = ("success", "n", "transitions", "invalid_actions") if found["n"] else ("n", "transitions")
+    row |= {f"eval/{key}": found[key] for key in known}
     success = found["success"] if found["n"] else -1.0
     if not found["n"]:
         log.warning(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.config import Config, load_config, read_tree
-from ..core.errors import ConfigError, DreamGymError
+from ..core.errors import ConfigError, DreamGymError, EnvironmentFailure
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def evaluate(
     arguments: EvaluateArguments,
     progress: str = "",  # label of a progress bar; empty: none
 ) -> dict:  # success, low, high, n, by_type, where it comes from
-    """Success of a checkpoint on a split of the real environment."""
+    """Success of a checkpoint on a split of the real environment. Raises EnvironmentFailure if no game was played."""
     from dreamgym.environments.base_env import make_environment
     from dreamgym.training.checkpoints import load_policy, read_manifest
     from dreamgym.training.play import evaluate_policy
@@ -84,6 +84,9 @@ def evaluate(
         raise ConfigError(f"{env.name} has no games in the split {split!r}; choose another one")
     temperature = config.training.eval_temperature if arguments.temperature is None else arguments.temperature
     found = evaluate_policy(policy, env, tasks, temperature, arguments.seed, progress, config.policy_model)
+    if not found.outcomes:
+        first = next((game.aborted for game in found.trajectories), None)
+        raise EnvironmentFailure(f"all {len(tasks)} games were aborted, the first because: {first}")
     origin = {"environment": env.name, "split": split, "info": env.info, "checkpoint": arguments.checkpoint}
     row = origin | found.row() | {"seed": arguments.seed}
     if arguments.output:

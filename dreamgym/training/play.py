@@ -13,7 +13,7 @@ from ..core.config import PolicyModelConfig
 from ..core.data_structures import StepResult, Task, Trajectory
 from ..core.generators import TransformersGenerator
 from ..environments.base_env import Environment
-from ..utils.statistics import wilson_interval
+from ..utils.statistics import Estimate, wilson_interval
 from .policy import Policy
 from .rollout import RolloutConfig, rollout, rollout_metrics
 
@@ -34,8 +34,9 @@ class Evaluation:
         return [bool(t.success) for t in self.trajectories if t.aborted is None]
 
     def row(self) -> dict[str, Any]:
-        """Success with its Wilson interval, n, success by task type."""
-        estimate = wilson_interval(sum(self.outcomes), max(len(self.outcomes), 1))
+        """Success with its Wilson interval, n, success by task type. Success is NaN where every game was aborted."""
+        n = len(self.outcomes)
+        estimate = wilson_interval(sum(self.outcomes), n) if n else Estimate(float("nan"), 0.0, 1.0, 0)
         ended = [t for t in self.trajectories if t.aborted is None]
         kinds = sorted({t.task.task_type for t in ended})
         by_type = {k: [bool(t.success) for t in ended if t.task.task_type == k] for k in kinds}
@@ -44,7 +45,7 @@ class Evaluation:
             "success": estimate.value,
             "low": estimate.low,
             "high": estimate.high,
-            "n": len(self.outcomes),
+            "n": n,
             "aborted": metrics["aborted"],
             "temperature": self.temperature,
             "turns": metrics["turns"],

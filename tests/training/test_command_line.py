@@ -13,6 +13,7 @@ import pytest
 from test_trainer import TINY
 
 from dreamgym.core.config import load_config, save_config
+from dreamgym.core.data_structures import Trajectory
 from dreamgym.core.errors import ConfigError, MissingExtra
 from dreamgym.environments import base_env
 from dreamgym.training import checkpoints, evaluate, play, train, trainer
@@ -160,7 +161,7 @@ def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkey
 
     def played(policy, env, tasks, *_):
         asked.append((env.name, env.max_turns))
-        return Evaluation([], 0.0)
+        return Evaluation([Trajectory([], task, 0, "real", 0, True, False, success=True) for task in tasks], 0.0)
 
     monkeypatch.setattr(checkpoints, "load_policy", lambda path, device: None)
     monkeypatch.setattr(checkpoints, "read_manifest", lambda path: facts)
@@ -185,3 +186,17 @@ def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkey
     monkeypatch.setattr(base_env, "make_environment", lambda *told: replace(real(*told), tasks=lambda split: []))
     with pytest.raises(ConfigError, match="no games in the split"):
         evaluate.evaluate(evaluate.EvaluateArguments(**more))
+
+
+def test_an_evaluation_of_nothing_is_an_error(tmp_path, monkeypatch, capsys):
+    def aborted(policy, env, tasks, *_):
+        games = [Trajectory([], task, 0, "real", 0, False, False, aborted="browser lost") for task in tasks]
+        return Evaluation(games, 0.0)
+
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path, device: None)
+    monkeypatch.setattr(checkpoints, "read_manifest", lambda path: {"files": {}, "folder": "x"})
+    monkeypatch.setattr(play, "evaluate_policy", aborted)
+    told = ["--checkpoint", "policy_iter_0001.json", "--num-episodes", "3", "--output", str(tmp_path / "result.json")]
+    assert evaluate.main([*told, "--set", "environment.data_dir=generated"]) == 2
+    assert "all 3 games were aborted, the first because: browser lost" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from dreamgym.core.config import load_config
-from dreamgym.core.data_structures import Experience, to_row
+from dreamgym.core.data_structures import Experience, Trajectory, to_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.generators import ServerError
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
@@ -609,11 +610,29 @@ def test_an_iteration_whose_validation_was_aborted_is_the_best_only_while_nothin
     loop = SimpleNamespace(
         config=config(), ready=ready, player=None, accelerator=None, best={"iteration": 0, "success": -1.0}
     )
-    best = []
+    best, rows = [], []
     for loop.iteration in range(6):
-        arms.validate(loop, {})
+        rows.append({})
+        arms.validate(loop, rows[-1])
         best.append(loop.best["iteration"])
     assert best == [0, 1, 2, 2, 4, 4]
+    assert ["eval/success" in row for row in rows] == [row["eval/n"] > 0 for row in rows]
+    assert all("eval/transitions" in row for row in rows), "what aborted games took is counted too"
+
+
+@pytest.mark.parametrize("aborted", [None, "browser lost"])
+def test_an_offline_agent_that_nothing_is_known_of_has_no_success(aborted, whole, tmp_path, monkeypatch):
+    t = trainer(tmp_path, rl__algorithm="sft", training__validation_episodes=2 if aborted else 0)
+    policy = load_policy(whole / "prepared" / "policy_iter_0000.json")
+    monkeypatch.setattr(trainer_module, "offline_agent", lambda *_: (policy, {"policy/loss": 1.0}))
+
+    def played(policy, env, tasks, *_, **__):
+        return Evaluation([Trajectory([], task, 0, "real", 0, False, False, aborted=aborted) for task in tasks], 1.0)
+
+    monkeypatch.setattr(trainer_module, "evaluate_policy", played)
+    trainer_module.fit_offline(t, None, "sft", RunDir(tmp_path / "sft"), lambda row: None)
+    (row,) = metrics(tmp_path / "sft")
+    assert row["policy/loss"] == 1 and not [key for key in row if key.startswith("eval/")]
 
 
 def test_a_group_of_one_is_left_out(whole, tmp_path):
@@ -721,6 +740,8 @@ def test_aborted_games_are_no_losses_but_their_turns_are_counted(whole, tmp_path
     row = Evaluation(games, 1.0).row()
     assert row["n"] == 2 and row["aborted"] == 2 and row["success"] == 1
     assert sum(n for _, n in row["by_type"].values()) == 2 == sum(won for won, _ in row["by_type"].values())
+    none = Evaluation(games[:2], 1.0).row()
+    assert math.isnan(none["success"]) and (none["low"], none["high"], none["n"]) == (0, 1, 0)
     monkeypatch.setattr(preparation, "rollout", lambda *_, **__: games)
     rows, spent = preparation.cloned_rollouts(loop.policy, loop.ready.env, loop.ready.tasks[:4], loop.config)
     assert len(rows) == sum(len(t.turns) for t in games[2:]) < spent == sum(len(t.turns) for t in games)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 
 from ..core.config import PolicyModelConfig
 from ..core.data_structures import Experience, Trajectory
+from ..core.errors import DataError
 from ..models.experience_sft import endless_batches, example_loss, learning_rate
 from .policy import Policy, demonstrated_turns
 
@@ -99,7 +101,6 @@ class CloningReport:
 
     rows: int
     losses: list[float]  # validation loss after each epoch, nats per token
-    best_epoch: int
 
 # %% ../../nbs/training/35_baselines.ipynb #4f7bd60f
 def clone(
@@ -110,13 +111,13 @@ def clone(
     seed: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,  # told the epoch and its validation loss
 ) -> CloningReport:
-    """Behaviour cloning with early stopping on validation loss."""
+    """Behaviour cloning with early stopping on validation loss. Raises DataError where that is not finite at once."""
     per_epoch = max(1, len(train) // config.bc_batch_size)
     steps = per_epoch * config.bc_epochs
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.bc_lr, betas=(0.9, 0.98), weight_decay=0.05)
     batches = endless_batches([len(p) + len(r) for p, r in train], config.bc_batch_size, seed)
     losses: list[float] = []
-    best, kept = float("inf"), copy.deepcopy(policy.state_dict())
+    best, kept = 0, copy.deepcopy(policy.state_dict())
     for epoch in range(config.bc_epochs):
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             for group in optimizer.param_groups:
@@ -125,13 +126,16 @@ def clone(
         losses.append(validation_loss(policy, validation))
         if on_epoch:
             on_epoch(epoch, losses[-1])
-        if losses[-1] < best or not validation:  # nothing held out: the last epoch is kept
-            best, kept = losses[-1], copy.deepcopy(policy.state_dict())
-        elif epoch - losses.index(best) > config.bc_patience:
+        if not validation or losses[-1] < (losses[best] if epoch else math.inf):  # nothing held out: the last is kept
+            best, kept = epoch, copy.deepcopy(policy.state_dict())
+        elif not math.isfinite(losses[best]):
+            said = f"cloning diverged in epoch {epoch + 1}: validation loss {losses[-1]}"
+            raise DataError(f"{said}; lower policy_model.bc_lr={config.bc_lr:g}")
+        elif epoch - best > config.bc_patience:
             break
     policy.load_state_dict(kept)
     policy.eval()
-    return CloningReport(len(train), losses, losses.index(best) if losses else 0)
+    return CloningReport(len(train), losses)
 
 # %% ../../nbs/training/35_baselines.ipynb #cb037c26
 def rft_update(

@@ -191,7 +191,7 @@ def clone_policy(
 ) -> CloningReport:
     """Behaviour cloning on `policy_model.bc_demonstrations` recorded episodes of the expert, with and without noise."""
     if not config.policy_model.bc_demonstrations:
-        return CloningReport(0, [], 0)
+        return CloningReport(0, [])
     train, validation = cloning_examples(policy, experiences, config.policy_model)
     if not train and experiences:
         log.warning("nothing to clone: no row's policy is one of %s", ", ".join(DEMONSTRATORS))
@@ -307,11 +307,14 @@ def check_tokens(
     lost = lost_targets(tried, mapper, tokenizer, reasoning, whole)
     if not lost:
         return
+    unknown = tokenizer.unk_token is not None and tokenizer.unk_token in lost[0][1]
+    cause, remedy = "drops colons and commas", "let the environment's mapper read changes without them"
+    if unknown:
+        cause, remedy = "has no token for some of their words", "train it on texts that have them"
     said = (
         f"{len(lost)} of {len(tried)} targets of the experience model cannot be written with a tokenizer from scratch, "
-        f"which drops colons and commas, such as {lost[0][0]!r}: its tokens say {lost[0][1]!r}, and that is read as "
-        "something else; let the environment's mapper read changes without them, or set reasoning_model.name to a "
-        "language model"
+        f"which {cause}, such as {lost[0][0]!r}: its tokens say {lost[0][1]!r}, and that is read as "
+        f"something else; {remedy}, or set reasoning_model.name to a language model"
     )
     if len(lost) > len(tried) / 2:
         raise ConfigError(said)

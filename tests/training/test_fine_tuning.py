@@ -242,3 +242,6 @@ def test_what_tokens_cannot_say_is_told_before_training(env, rows, small, caplog
     assert "1 of 3 targets" in caplog.text and "note: five, six" in caplog.text
     with pytest.raises(ConfigError, match="2 of 3 targets .*drops colons and commas"):
         check_tokens([good, bad, bad], mapper, tokenizer)
+    unknown = train_tokenizer([*states[:2], "why reward 0 look"])
+    with pytest.raises(ConfigError, match="has no token for some of their words.*train it on texts that have them"):
+        check_tokens([good], mapper, unknown)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.config import PolicyModelConfig, RLConfig
 from ..core.data_structures import Turn
 from ..core.errors import ConfigError, DataError
-from ..core.language_model import LanguageModel, PromptEncoder, Rows, make_rows, predicting_states
+from ..core.language_model import LanguageModel, PromptEncoder, Rows, predicting_states
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'Parsed', 'one_line', 'parse_thinking', 'extended', 'TurnCodec', 'next_prompt',
@@ -212,15 +212,6 @@ class Policy(nn.Module):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
         chosen = logprobs.gather(1, token[:, None])[:, 0]
         return TokenScores(chosen, self.value(hidden.to(self.value.weight.dtype))[:, 0].float(), entropies)
-
-    def values_at_end(
-        self,
-        prompts: Sequence[Sequence[int]],  # B prompts
-    ) -> Tensor:  # (B,) value of the state that each prompt describes
-        """V(s) read at the last prompt token; used to bootstrap truncated episodes."""
-        rows = make_rows(prompts, [[0]] * len(prompts), self.value.weight.device)
-        hidden, _ = predicting_states(self.model, rows)
-        return self.value(hidden.to(self.value.weight.dtype))[:, 0].float()
 
 # %% ../../nbs/training/30_policy.ipynb #dd132e3a
 def make_optimizer(

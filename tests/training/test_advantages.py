@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rl_toys import conversation, episode, mixed, new_policy, turn
+from rl_toys import conversation, episode, mixed, new_policy, score, turn
 
 from dreamgym.training.advantages import (
     flat_fraction,
@@ -115,7 +115,7 @@ def test_checklist_11_truncated_is_not_terminated(policy):
     over, cut = episode(policy, turns), episode(policy, turns, False, True, final="door 3")
     both = episode(policy, turns, True, True, final="door 3")
     values = bootstrap_values([over, cut, both], policy)
-    expected = policy.values_at_end(policy.codec.prompts(["door 3"]))[0].item()
+    expected = score(policy, policy.codec.prompts(["door 3"])[0], policy.codec.response("door 1"))[1][0].item()
     assert values[0] == values[2] == 0 and abs(values[1].item() - expected) < 1e-6 and abs(expected) > 1e-3
     targets = [make_batch([e], policy, gamma=0.9, gae_lambda=1.0).targets[-1].item() for e in (over, cut)]
     assert abs(targets[0]) < 1e-6 and abs(targets[1] - 0.9 * expected) < 1e-6

@@ -158,12 +158,14 @@ def test_packed_and_unpacked_turns_give_equal_advantages_and_loss(family):
 
 
 def test_checklist_15_values_are_read_where_the_token_is_predicted(policy):
-    """The critic's value of the first token equals its value of the prompt alone."""
+    """The critic's value of a token is that of what stands before it, whatever the token is."""
     t = turn(policy, "door 2", "door 1 door 3")
     _, values = score(policy, t.prompt_ids, t.response_ids)
-    assert abs(values[0].item() - policy.values_at_end([t.prompt_ids])[0].item()) < 1e-6
-    longer = policy.values_at_end([[*t.prompt_ids, *t.response_ids[:1]]])[0].item()
-    assert abs(values[1].item() - longer) < 1e-6
+    for n in (0, 1):
+        before = [*t.prompt_ids, *t.response_ids[:n]]
+        for other in (0, t.response_ids[n], t.response_ids[n] + 1):
+            assert abs(values[n].item() - score(policy, before, [other])[1].item()) < 1e-6
+    assert abs(values[0].item() - values[1].item()) > 1e-4
 
 
 def test_order_of_episodes_changes_no_target(policy):

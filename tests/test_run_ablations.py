@@ -158,7 +158,7 @@ def test_a_value_that_cannot_be_is_told_before_anything_runs(tmp_path):
 
 def test_one_run_for_each_setting_and_seed(tmp_path):
     runner = Runner()
-    ledger = run(tmp_path, "replay,dream,sweep:top_k=0,1,2", [0, 1], runner, workers=1)
+    results = run(tmp_path, "replay,dream,sweep:top_k=0,1,2", [0, 1], runner, workers=1)
     words = [overrides_of(command) for command in runner.commands]
     assert len(words) == 8  # top_k 0 and 1 are there already
     modes = [command[command.index("mode") + 1] for command in runner.commands]
@@ -167,7 +167,7 @@ def test_one_run_for_each_setting_and_seed(tmp_path):
     said = [[w for w in word.split() if not w.startswith("training.")] for word in words[::2]]  # of seed 0
     assert [w[-1] for w in said[1:]] == ["buffer.top_k=0", "reasoning_model.refresh_every=0", "buffer.top_k=2"]
     assert "top_k" not in words[0]
-    (summary,) = ledger.content["summary"].values()
+    (summary,) = results.content["summary"].values()
     assert summary["buffer.top_k=1"]["minus_full"]["mean"] == 0 and summary["buffer.top_k=1"]["seeds"] == 2
     assert summary["dream"]["success"] == pytest.approx((12 + 13) / 2 / 40)  # the row of real RL
 
@@ -212,9 +212,9 @@ def test_the_summary_is_of_all_commands_so_far(tmp_path):
 
 def test_a_failed_run_is_noted_under_its_ablation(tmp_path):
     said = []
-    ledger = run(tmp_path, "replay", [0, 1], Runner({("ppo", "1")}), say=said.append)
-    assert sorted(f["run"] for f in ledger.failures) == ["full ppo-dream-seed1", "replay ppo-dream-seed1"]
-    assert next(iter(ledger.content["summary"].values()))["replay"]["minus_full"]["seeds"] == 1
+    results = run(tmp_path, "replay", [0, 1], Runner({("ppo", "1")}), say=said.append)
+    assert sorted(f["run"] for f in results.failures) == ["full ppo-dream-seed1", "replay ppo-dream-seed1"]
+    assert next(iter(results.content["summary"].values()))["replay"]["minus_full"]["seeds"] == 1
     assert any(line.startswith("replay ppo-dream-seed1: FAILED") for line in said)
     assert run(tmp_path, "replay", [0, 1], Runner()).failures == []
 

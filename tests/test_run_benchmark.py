@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -187,18 +188,18 @@ def test_the_summary_is_of_all_seeds_of_the_setting(tmp_path):
 
 
 def test_rows_hold_what_a_reader_needs(tmp_path):
-    ledger = run(tmp_path, ["bc", "dream"], [0], Runner())
+    results = run(tmp_path, ["bc", "dream"], [0], Runner())
     content = json.loads((tmp_path / "b.json").read_text())
-    assert content["rows"] == ledger.rows and len(ledger.rows) == 6  # the real control is paid, so it is kept
-    row = next(r for r in ledger.rows if (r["method"], r["temperature"]) == ("dream", 1.0))
+    assert content["rows"] == results.rows and len(results.rows) == 6  # the real control is paid, so it is kept
+    row = next(r for r in results.rows if (r["method"], r["temperature"]) == ("dream", 1.0))
     assert row["success"] == 12 / 40 and row["low"] < row["success"] < row["high"] and row["n"] == 40
     assert (row["dream_success"], row["hazard"], row["real_transitions"]) == (0.75, 0.01, 100)
     assert row["curve"] == [{"iteration": 2, "success": 0.5, "dream_success": 0.75, "hazard": 0.01}]
-    assert not any("curve" in r for r in ledger.rows if r["temperature"] != 1.0 or r["method"] == "bc")
+    assert not any("curve" in r for r in results.rows if r["temperature"] != 1.0 or r["method"] == "bc")
     assert row["split"] == SETTING.load(0).environment.eval_split and row["setting"] == "preset=smoke"
     assert row["config_hash"] == SETTING.hash(0) and row["command"].startswith("papermill nbs/run_experiment.ipynb ")
     assert isinstance(row["seconds"], float) and isinstance(row["commit"], str)
-    bc = next(r for r in ledger.rows if r["method"] == "bc")
+    bc = next(r for r in results.rows if r["method"] == "bc")
     assert bc["dream_success"] is None and bc["hazard"] is None
 
 
@@ -216,9 +217,9 @@ def test_a_finished_run_is_read_even_if_the_file_is_gone(tmp_path):
     run(tmp_path, ["bc", "dream"], [0], Runner())
     (tmp_path / "b.json").unlink()
     again = Runner()
-    ledger = run(tmp_path, ["bc", "dream"], [0], again)
-    assert again.commands == [] and len(ledger.rows) == 6
-    assert {(row["seconds"], row["commit"]) for row in ledger.rows} == {(None, "")}
+    results = run(tmp_path, ["bc", "dream"], [0], again)
+    assert again.commands == [] and len(results.rows) == 6
+    assert {(row["seconds"], row["commit"]) for row in results.rows} == {(None, "")}
 
 
 def test_a_finished_run_without_the_control_goes_on_where_it_is_wanted(tmp_path, monkeypatch):
@@ -227,24 +228,24 @@ def test_a_finished_run_without_the_control_goes_on_where_it_is_wanted(tmp_path,
     (tmp_path / "b.json").unlink()
     monkeypatch.undo()
     again = Runner()
-    ledger = run(tmp_path, ["bc", "dream", "real"], [0], again)
+    results = run(tmp_path, ["bc", "dream", "real"], [0], again)
     assert names_of(again) == ["ppo-dream-seed0"] and "training.control=false" not in str(again.commands)
-    assert {row["method"] for row in ledger.rows} == {"bc", "dream", "real"} and not ledger.failures
+    assert {row["method"] for row in results.rows} == {"bc", "dream", "real"} and not results.failures
 
 
 def test_another_setting_is_another_benchmark_in_the_same_file(tmp_path):
     run(tmp_path, ["bc"], [0], Runner())
     other, runner = bm.Setting(preset="smoke", overrides="rl.gamma=0.5"), Runner()
-    ledger = bm.run_all(["bc"], [0], other, tmp_path / "b.json", tmp_path / "runs", start=runner)
-    assert len(runner.commands) == 1 and {r["setting"] for r in ledger.rows} == {"preset=smoke rl.gamma=0.5"}
+    results = bm.run_all(["bc"], [0], other, tmp_path / "b.json", tmp_path / "runs", start=runner)
+    assert len(runner.commands) == 1 and {r["setting"] for r in results.rows} == {"preset=smoke rl.gamma=0.5"}
     assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 8
 
 
 def test_a_failed_run_is_noted_and_hurts_no_other(tmp_path):
     said = []
-    ledger = run(tmp_path, ["bc", "dream"], [0, 1, 2], Runner({("ppo", "1")}), say=said.append)
-    assert {row["seed"] for row in ledger.rows} == {0, 2}
-    (failure,) = ledger.content["failures"]
+    results = run(tmp_path, ["bc", "dream"], [0, 1, 2], Runner({("ppo", "1")}), say=said.append)
+    assert {row["seed"] for row in results.rows} == {0, 2}
+    (failure,) = results.content["failures"]
     assert failure["run"] == "ppo-dream-seed1" and failure["methods"] == ["bc", "dream"]
     assert "MemoryError: no room" in failure["error"] and any("FAILED" in line for line in said)
     again = run(tmp_path, ["bc", "dream"], [0, 1, 2], Runner({("ppo", "1")}))
@@ -255,8 +256,20 @@ def test_a_failed_run_is_noted_and_hurts_no_other(tmp_path):
 
 def test_a_run_without_its_row_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setitem(TABLES, ("ppo", "s2r"), TABLES["ppo", "dream"])
-    ledger = run(tmp_path, ["s2r"], [0], Runner())
-    assert "no row for s2r" in ledger.content["failures"][0]["error"] and ledger.rows == []
+    results = run(tmp_path, ["s2r"], [0], Runner())
+    assert "no row for s2r" in results.content["failures"][0]["error"] and results.rows == []
+
+
+def test_a_run_whose_test_games_were_all_aborted_is_a_failure(tmp_path):
+    def aborted(command, log_file):
+        Runner()(command, log_file)
+        file = Path(dict(zip(command[4::3], command[5::3], strict=True))["out_dir"]) / "result.json"
+        rows = json.loads(file.read_text())["rows"]
+        write_json(file, {"rows": [row | {"n": 0, "success": math.nan, "low": 0.0, "high": 1.0} for row in rows]})
+
+    results = run(tmp_path, ["dream"], [0], aborted)
+    (failure,) = results.content["failures"]
+    assert "all test games of behaviour cloning were aborted" in failure["error"] and results.rows == []
 
 
 def test_a_seed_counts_once_however_often_it_was_run(tmp_path):
@@ -341,8 +354,8 @@ def test_a_failing_process_tells_its_error(tmp_path):
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
-    ledger = run(tmp_path, ["bc", "dream"], [0, 1, 2], Runner())
-    summary = ledger.content["summary"]
+    results = run(tmp_path, ["bc", "dream"], [0, 1, 2], Runner())
+    summary = results.content["summary"]
     assert summary["temperature"] == 1.0 and summary["setting"] == "preset=smoke"
     assert summary["bc"]["mean"] == pytest.approx(11 / 40) and summary["bc"]["n"] == 120
     half = 4.302653 * (1 / 40) / 3**0.5
@@ -363,9 +376,9 @@ def test_one_seed_has_the_interval_of_its_games_and_no_difference_interval(tmp_p
 
 def test_only_shared_seeds_are_compared(tmp_path):
     run(tmp_path, ["bc", "dream"], [0], Runner())
-    ledger = run(tmp_path, ["bc"], [0, 1], Runner())  # seed 1 has no dream
-    assert ledger.content["summary"]["dream_minus_bc"]["seeds"] == 1
-    assert ledger.content["summary"]["bc"]["seeds"] == 2
+    results = run(tmp_path, ["bc"], [0, 1], Runner())  # seed 1 has no dream
+    assert results.content["summary"]["dream_minus_bc"]["seeds"] == 1
+    assert results.content["summary"]["bc"]["seeds"] == 2
 
 
 def test_interquartile_mean_over_types_and_seeds():
@@ -396,8 +409,8 @@ def test_interquartile_mean_of_differences_is_taken_type_by_type():
 
 
 def test_the_table_has_a_line_for_each_method(tmp_path):
-    ledger = run(tmp_path, ["bc", "dream", "rft"], [0, 1], Runner())
-    table = bm.table_of(ledger.rows)
+    results = run(tmp_path, ["bc", "dream", "rft"], [0, 1], Runner())
+    table = bm.table_of(results.rows)
     assert [line["method"] for line in table] == ["behaviour cloning", "real PPO", "dream PPO", "expert iteration"]
     assert table[2]["hazard"] == pytest.approx(0.01) and table[0]["hazard"] is None and table[0]["seeds"] == 2
 

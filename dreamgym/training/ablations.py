@@ -23,7 +23,7 @@ from ..environments.base_env import make_environment
 from ..utils.plots import COLOURS, OTHER_COLOURS, new_axes
 from ..utils.statistics import pooled_differences
 from . import benchmark as bm
-from .benchmark import Ledger, Row, Run, Setting
+from .benchmark import ResultsFile, Row, Run, Setting
 
 log = logging.getLogger(__name__)
 
@@ -377,19 +377,19 @@ def run_ablations(
     workers: int = 2,  # runs at the same time
     start: Callable[[Sequence[str], Path], None] = bm.execute,  # runs a command; raises RunFailed
     say: Callable[[str], None] = log.info,
-) -> Ledger:
+) -> ResultsFile:
     """Runs what is missing; failed runs are noted and tried again by the next call."""
     full = full_method(setting)
     settings = settings_of(chosen, full)
     stamps = stamps_of(settings, seeds)
 
     def summary(_: Sequence[Row]) -> Row:  # that of other full methods is kept
-        return ledger.content.get("summary", {}) | {full.name: summarise_again(ledger.content, full, chosen)}
+        return results.content.get("summary", {}) | {full.name: summarise_again(results.content, full, chosen)}
 
-    ledger = Ledger(path, [stamp for by_seed in stamps.values() for stamp in by_seed.values()], summary)
-    bm.work_off(plan_ablations(chosen, settings, stamps, ledger.rows), ledger, out_dir, workers, start, say)
-    ledger.note([])  # the summary is there also if nothing was missing
-    return ledger
+    results = ResultsFile(path, [stamp for by_seed in stamps.values() for stamp in by_seed.values()], summary)
+    bm.work_off(plan_ablations(chosen, settings, stamps, results.rows), results, out_dir, workers, start, say)
+    results.note([])  # the summary is there also if nothing was missing
+    return results
 
 # %% ../../nbs/training/41_ablations.ipynb #0b984cd9
 def table_of_ablations(

@@ -37,8 +37,8 @@ __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DRE
            'parse_seeds', 'digest_of', 'Setting', 'read_name', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods',
            'command_of', 'RunFailed', 'execute', 'learning_curve', 'is_finished', 'rows_of', 'mean_of', 'mean_of_known',
            'over_seeds', 'over_types', 'on_shared_seeds', 'compare', 'difference', 'summarise', 'against_real',
-           'curves_of', 'mean_curve', 'commit_of', 'row_key', 'Ledger', 'run_one', 'work_off', 'run_all', 'line_of',
-           'table_of']
+           'curves_of', 'mean_curve', 'commit_of', 'row_key', 'ResultsFile', 'run_one', 'work_off', 'run_all',
+           'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "dpo": Method("DPO agent", "dpo", "dpo agent", ("real",)),
     }
 )
-PAPER_METHODS = ("bc", "dpo", "rft", "real", "grpo", "dream", "grpo-dream", "s2r")  # its Table 1, on one's own scale
+PAPER_METHODS = ("bc", "dpo", "rft", "real", "grpo", "dream", "grpo-dream", "s2r")  # Table 1, but rft for grpo-s2r
 
 # %% ../../nbs/training/40_benchmark.ipynb #8883b98b
 def parse_methods(
@@ -279,12 +279,14 @@ def rows_of(
     folder: Path,  # of the finished run
     common: Row,  # columns that all its rows share
 ) -> list[Row]:
-    """Rows of a finished run. Raises DataError if its table lacks a method that it was made for."""
+    """Rows of a finished run. Raises DataError if its table lacks a method that it was made for, or all its games."""
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     mine = {m.row: name for name, m in METHODS.items() if m.algorithm in ("", run.algorithm) and run.mode in m.modes}
     rows = []
     for found in result["rows"]:
         if found["method"] in mine:
+            if not found["n"]:
+                raise DataError(f"{folder.name}: all test games of {found['method']} were aborted")
             columns = {key: found[key] for key in ("temperature", "n", "success", "low", "high", "by_type")}
             row = {"method": mine[found["method"]], "real_transitions": found["all real transitions"]} | columns
             curve = learning_curve(folder / found["method"].partition(" ")[0])
@@ -455,7 +457,7 @@ def row_key(row: Row) -> tuple[str, float, str]:
     return row["method"], row["temperature"], row["config_hash"]
 
 # %% ../../nbs/training/40_benchmark.ipynb #5d776d81
-class Ledger:
+class ResultsFile:
     """The file of a benchmark: rows and failures, written after every change."""
 
     def __init__(
@@ -495,12 +497,12 @@ class Ledger:
 def run_one(
     run: Run,
     setting: Setting,
-    ledger: Ledger,
+    results: ResultsFile,
     out_dir: Path,  # of all runs
     start: Callable[[Sequence[str], Path], None] = execute,  # runs a command; raises RunFailed
     say: Callable[[str], None] = log.info,
 ) -> bool:  # whether it succeeded
-    """One run, and what the ledger takes from it. Its errors stay here."""
+    """One run, and what the file of results takes from it. Its errors stay here."""
     stamp, began = setting.hash(run.seed), time.monotonic()
     folder = out_dir / f"{run.name}-{stamp}"
     command = command_of(run, setting, folder)
@@ -513,10 +515,10 @@ def run_one(
             start(command, folder.with_suffix(".log"))
             common["seconds"] = round(time.monotonic() - began, 1)
         split = setting.load(run.seed).environment.eval_split
-        ledger.note(rows_of(run, folder, common | {"split": split}))
+        results.note(rows_of(run, folder, common | {"split": split}))
     except (DreamGymError, OSError, ValueError, KeyError) as error:
         failure = {"run": run.title, "methods": list(run.methods), "error": f"{type(error).__name__}: {error}"}
-        ledger.note([], common | failure)
+        results.note([], common | failure)
         say(f"{run.title}: FAILED, {error}")
         return False
     say(f"{run.title}: done in {time.monotonic() - began:.0f} s")
@@ -525,7 +527,7 @@ def run_one(
 # %% ../../nbs/training/40_benchmark.ipynb #6988aab3
 def work_off(
     jobs: Sequence[tuple[Run, Setting]],
-    ledger: Ledger,
+    results: ResultsFile,
     out_dir: str | Path,  # runs lie here, one folder each
     workers: int = 2,  # runs at the same time
     start: Callable[[Sequence[str], Path], None] = execute,  # runs a command; raises RunFailed
@@ -536,7 +538,7 @@ def work_off(
         raise ConfigError(f"workers={workers}: expected at least one")
     out = Path(out_dir).resolve()
     with closing(lock_folder(out)), ThreadPoolExecutor(workers) as pool:
-        begun = [pool.submit(run_one, run, setting, ledger, out, start, say) for run, setting in jobs]
+        begun = [pool.submit(run_one, run, setting, results, out, start, say) for run, setting in jobs]
         try:
             for job in begun:
                 job.result()
@@ -554,22 +556,22 @@ def run_all(
     workers: int = 2,  # runs at the same time
     start: Callable[[Sequence[str], Path], None] = execute,  # runs a command; raises RunFailed
     say: Callable[[str], None] = log.info,
-) -> Ledger:
-    """Runs what is missing. Failed runs are noted in the ledger and tried again by the next call."""
+) -> ResultsFile:
+    """Runs what is missing. Failed runs are noted in the file and tried again by the next call."""
     if not seeds:
         raise ConfigError("seeds: expected at least one")
     hashes = {seed: setting.hash(seed) for seed in seeds}
 
     def summary(_: Sequence[Row]) -> Row:  # over all seeds that the file has of this setting
-        rows = ledger.content["rows"]
+        rows = results.content["rows"]
         mine = {setting.hash(seed) for seed in {row["seed"] for row in rows}}
         return {"setting": setting.name} | summarise([row for row in rows if row["config_hash"] in mine])
 
-    ledger = Ledger(path, hashes.values(), summary)
-    runs = plan_runs(missing_methods(ledger.rows, methods, hashes))
-    work_off([(run, setting) for run in runs], ledger, out_dir, workers, start, say)
-    ledger.note([])  # the summary is of this setting also if nothing was missing
-    return ledger
+    results = ResultsFile(path, hashes.values(), summary)
+    runs = plan_runs(missing_methods(results.rows, methods, hashes))
+    work_off([(run, setting) for run in runs], results, out_dir, workers, start, say)
+    results.note([])  # the summary is of this setting also if nothing was missing
+    return results
 
 # %% ../../nbs/training/40_benchmark.ipynb #e8266397
 def line_of(

@@ -109,7 +109,8 @@ class ReasoningModelConfig(ExperienceTraining):
     )
     history: int = Field(2, ge=0, description="earlier actions in the prompt, whole steps if instructed (turns) [ours]")
     temperature: float = Field(1.0, ge=0, description="sampling temperature in a dream; 0 is greedy [ours]")
-    max_new_tokens: int = Field(128, gt=0, description="longest prediction (tokens) [ours]")
+    max_new_tokens: int = Field(128, gt=0, description="longest prediction, if not instructed (tokens) [ours]")
+    reply_tokens: int | None = Field(None, gt=0, description="longest reply, if instructed; null: 1024 (tokens) [ours]")
     votes: int = Field(1, gt=0, description="predictions of each step, of which the most frequent counts [ours]")
     pessimism: Literal["none", "lower", "end"] = Field(
         "none", description="where votes disagree: believe most, lower the reward, or end the dream without one [ours]"

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
+from ..core.config import EnvironmentConfig
 from ..core.data_structures import Experience, StepResult, Task
 from ..core.errors import ConfigError, EnvironmentFailure, unknown_name
 
 # %% auto #0
-__all__ = ['BUILDERS', 'StateMapper', 'BatchEnv', 'Environment', 'make_environment', 'CountingEnv', 'check_env',
+__all__ = ['BUILDERS', 'StateMapper', 'BatchEnv', 'Environment', 'find_builder', 'make_environment', 'CountingEnv', 'check_env',
            'TranscriptMapper', 'had_effect', 'gymnasium_result', 'GymnasiumBatchEnv']
 
 # %% ../../nbs/environments/10_base_env.ipynb #225cfdb6
@@ -72,18 +74,48 @@ BUILDERS = {
 }
 
 # %% ../../nbs/environments/10_base_env.ipynb #ec79526b
+def find_builder(
+    name: str,  # 'alfworld', … or 'module:function' of your own
+) -> Callable[[Any], Any]:
+    """The function that builds an environment. Raises ConfigError for a name that leads to none."""
+    module, colon, function = BUILDERS.get(name, name).partition(":")
+    if not (colon and function.isidentifier() and module) or module.startswith("."):
+        hint = " Own environments are written module:function." if "." in name or colon else ""
+        raise ConfigError(unknown_name("environment", name, BUILDERS) + hint)
+    try:
+        found = getattr(import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        hint = "run from its folder or set PYTHONPATH"
+        raise ConfigError(f"environment {name!r}: no module {error.name!r}; {hint}") from None
+    if not callable(found):
+        what = "no function" if found is None else f"{type(found).__name__} instead of a function"
+        raise ConfigError(f"environment {name!r}: module {module!r} has {what} {function!r}")
+    return found
+
+# %% ../../nbs/environments/10_base_env.ipynb #e5e0ffbf
 def make_environment(
     name: str,  # 'alfworld', … or 'module:function' of your own
-    config: Any = None,  # EnvironmentConfig
+    config: Any = None,  # EnvironmentConfig; None: its defaults
 ) -> Environment:
-    """Builds an environment by name. Raises ConfigError for an unknown one."""
-    from importlib import import_module
-
-    target = BUILDERS.get(name) or (name if ":" in name else None)
-    if target is None:
-        raise ConfigError(unknown_name("environment", name, BUILDERS))
-    module, function = target.split(":")
-    return getattr(import_module(module), function)(config)
+    """Builds an environment by name. Raises ConfigError for an unknown one, or for a setting that it leaves out."""
+    build, config = find_builder(name), EnvironmentConfig(name=name) if config is None else config
+    env = build(config)
+    if not isinstance(env, Environment):
+        raise ConfigError(f"environment {name!r}: expected a function that returns an Environment, got {env!r:.80}")
+    asked = config.max_episode_steps
+    if asked is not None and asked != env.max_turns:
+        raise ConfigError(
+            f"environment.max_episode_steps {asked}: {name!r} was built with {env.max_turns} turns; let its function "
+            "take them from the config, or set it to null"
+        )
+    if not config.mapper and not getattr(env.mapper, "raw", env.mapper is None):
+        raise ConfigError(
+            f"environment.mapper false: {name!r} was built with {type(env.mapper).__name__}, which makes abstract "
+            "states; let its function take TranscriptMapper() then, or set it to true"
+        )
+    return env
 
 # %% ../../nbs/environments/10_base_env.ipynb #5941ea4c
 class CountingEnv:
@@ -174,6 +206,8 @@ def check_env(
 # %% ../../nbs/environments/10_base_env.ipynb #fe96b4b3
 class TranscriptMapper:
     """Raw observations as the state: task, first observation, and the last few actions with their answers."""
+
+    raw = True  # what `environment.mapper: false` asks for
 
     def __init__(self, window: int = 8, failure: str = ""):
         self.window = window  # answers that are kept

@@ -102,18 +102,33 @@ class _Recorder:
     def __init__(self, env: Environment, behaviour: Behaviour, seed: int):
         self.env, self.behaviour, self.seed = env, behaviour, seed
         self.random, self.elsewhere = random.Random(f"{behaviour}{seed}"), ["look"]
+        self.known: dict[str, None] = {}  # actions of the expert, each once
 
     def act(self, batch, slot: int, task: Task, result: StepResult, rows: list[Experience]) -> tuple[str, str]:
-        possible = result.admissible_actions or ["look"]
-        if self.random.random() < 0.2:  # remember a few actions that were possible somewhere
+        possible = result.admissible_actions
+        if possible and self.random.random() < 0.2:  # remember a few actions that were possible somewhere
             self.elsewhere = [*self.elsewhere[-2000:], self.random.choice(possible)]
         if self.random.random() >= self.behaviour.noise:
-            assert self.env.expert is not None
-            return self.env.expert(batch, slot, self.seed), "expert"
-        action, pools = self.random.choice(possible), [[row.action for row in rows] or self.elsewhere, self.elsewhere]
+            return self.advice(batch, slot), "expert"
+        elsewhere = self.elsewhere
+        if not possible:  # nothing lists what is possible: what the expert would do here, and would have done elsewhere
+            self.advice(batch, slot)
+            possible = elsewhere = list(self.known)
+        action, pools = self.random.choice(possible), [[row.action for row in rows] or elsewhere, elsewhere]
         if self.random.random() < self.behaviour.near_miss:
             action = near_miss(self.random.choice(self.random.choice(pools)), action, self.random.choice([0, 1, 2]))
         return action, "random" if self.behaviour.noise == 1 else "noise"
+
+    def advice(self, batch, slot: int) -> str:
+        """What the expert would do, remembered."""
+        if self.env.expert is None:
+            raise EnvironmentFailure(
+                f"environment {self.env.name!r} lists no admissible actions and has no expert, so nothing says what to "
+                "do; let it give info['admissible_actions'], or bring recorded data (environment.offline_data)"
+            )
+        action = self.env.expert(batch, slot, self.seed)
+        self.known[action] = None
+        return action
 
     def row(self, task: Task, before: StepResult, action: str, who: str, result: StepResult, turn: int) -> Experience:
         step = Transition(

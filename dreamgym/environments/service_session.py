@@ -321,6 +321,8 @@ class ServiceEnv(Sessions):
 class ConversationMapper:
     """The whole conversation as the state; a `StateMapper` that any desk can use."""
 
+    raw = True  # what `environment.mapper: false` asks for
+
     def start(self, task: Task, observation: str) -> str:
         """Policy, tools and ticket as they were shown."""
         return observation

@@ -115,7 +115,10 @@ def text_client(
     model, _, address = spec.partition("@")
     if spec and not model.strip():
         raise ConfigError(f"{key}: expected llama@http://127.0.0.1:8000/v1, got {spec!r}")
-    return ServedClient(Server(model, address)) if spec else None
+    try:
+        return ServedClient(Server(model, address)) if spec else None
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {str(error).removeprefix('base_url: ')}") from None
 
 # %% ../../nbs/environments/14g_taubench.ipynb #aad63f68
 def build_official(

@@ -283,8 +283,10 @@ def read_prediction(
         thought, after, reward, end = parse_reply(query, reply.text, mapper, config)
     except PredictionError as error:
         log.debug("malformed prediction for %r: %s\n%s", query.action, error, reply.text)
-        cut = "; it was cut off, raise reasoning_model.max_new_tokens" if reply.stop_reason == "length" else ""
-        return unusable(query, mapper, f"{error}{cut}" if reply.text or not reply.error else reply.error)
+        key = "reasoning_model.reply_tokens" if config.instructed else "reasoning_model.max_new_tokens"
+        cut = f"; it was cut off, raise {key}" if reply.stop_reason == "length" else ""
+        said = f"{error}{cut}" if reply.text or not reply.error else reply.error
+        return unusable(query, mapper, said.replace("raise max_new_tokens", f"raise {key}"))
     return Experience(query.state, query.action, reward, after, end, reasoning=thought, **origin(query))
 
 # %% ../../nbs/models/21_reasoning_model.ipynb #d3958491
@@ -304,10 +306,11 @@ def sample_requests(
     samples: Iterable[int],  # their indices, the same for each query
 ) -> list[Request]:  # query after query
     """What is asked for several predictions of each step."""
-    system, schema = "", None
-    if config.instructed:
-        system, schema = instructions(config.reasoning), step_schema(config.reasoning)
-    form = (system, config.max_new_tokens, config.temperature)
+    system, budget, schema = "", config.max_new_tokens, None
+    if config.instructed:  # the whole next state in JSON is longer than what changes
+        system, budget = instructions(config.reasoning), config.reply_tokens or 1024
+        schema = step_schema(config.reasoning)
+    form = (system, budget, config.temperature)
     asked = [
         (prompt, (query.sample << 16) + i) for query, prompt in zip(queries, prompts, strict=True) for i in samples
     ]

@@ -28,7 +28,7 @@ from ..core.llm import LLMClient
 from ..environments.dream_env import DreamEnv
 from ..models.curriculum_generator import CurriculumTaskGenerator
 from ..models.experience_sft import best_predicted
-from ..models.reasoning_model import ReasoningExperienceModel
+from ..models.reasoning_model import REFUSED, ReasoningExperienceModel
 from ..utils.tracking import RunDir, truncate_file
 from . import arm_loop, checkpoints, scale
 from .arm_loop import ArmLoop, Prepared, affordable, evolves, finished, group_size, memory
@@ -46,9 +46,9 @@ from .scale import autocast, from_main, gather_weights, is_main, lora_layers, sh
 # %% auto #0
 __all__ = ['log', 'DREAMER', 'make_curriculum', 'task_writer', 'dreams_of_success', 'start_arm_loop', 'dreamer', 'wrap', 'begin',
            'cut_back', 'load_arm', 'continue_dream', 'finished_dream', 'due', 'run_iteration', 'play_iteration',
-           'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'update_policy', 'kl_terms', 'learn_ppo',
-           'learn_in_groups', 'validate', 'recorded_dreams', 'measure_dream', 'too_optimistic', 'write_iteration',
-           'log_row', 'save_arm', 'save_stopped', 'best_policy']
+           'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'warn_of_malformed', 'update_policy',
+           'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'recorded_dreams', 'measure_dream', 'too_optimistic',
+           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36b_arms.ipynb #185653a1
 log = logging.getLogger(__name__)
@@ -232,6 +232,7 @@ def run_iteration(
     row: dict[str, Any] = {"iteration": number, "rollout/source": source, "rollout/n": metrics["episodes"]}
     row |= {f"rollout/{key}": value for key, value in metrics.items()} | loop.curriculum.metrics()
     row |= {f"dream/{key}": n - before.get(key, 0) for key, n in experience_counts(loop).items() if dreams}
+    warn_of_malformed(row, dreams)
     if dreams and due(loop, number) and is_main(loop.accelerator):
         measure_dream(loop, row, dreams)
     loop.whole, measured = False, time.monotonic()
@@ -317,6 +318,19 @@ def experience_counts(loop: ArmLoop) -> dict[str, float]:
     ledger = getattr(getattr(model, "client", None), "ledger", None)
     calls = {f"llm_{name}": value for name, value in summary(ledger).items()} if ledger else {}
     return {name: getattr(model, name) for name in names} | calls
+
+# %% ../../nbs/training/36b_arms.ipynb #7f8d5777
+def warn_of_malformed(
+    row: dict[str, Any],  # metrics of an iteration
+    dreams: Sequence[Trajectory],  # its episodes in the dream
+) -> None:
+    """Warns where more than half of an iteration's predictions could not be read, with the first reason."""
+    asked, bad = row.get("dream/predictions", 0), row.get("dream/malformed", 0)
+    if 2 * bad <= asked:
+        return
+    errors = (turn.info.get("malformed", "") for dream in dreams for turn in dream.turns)
+    first = next((error for error in errors if error and not error.startswith(REFUSED)), "in dreams that are not kept")
+    log.warning("iteration %s: %s of %s predictions are malformed; the first: %s", row["iteration"], bad, asked, first)
 
 # %% ../../nbs/training/36b_arms.ipynb #bca60079
 def update_policy(

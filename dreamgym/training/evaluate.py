@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # exit status: 0 done, 2 a 
 
     arguments = tyro.cli(EvaluateArguments, args=argv, prog="python -m dreamgym.training.evaluate")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every call to a server
     try:
         print(json.dumps(evaluate(arguments, "evaluating"), indent=2))
     except DreamGymError as error:

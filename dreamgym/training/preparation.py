@@ -13,13 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from ..core import language_model as lm
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, config_hash, config_keys, project_path
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError, PredictionError
 from ..core.generators import TransformersGenerator
 from ..core.llm import GeneratorClient, LLMClient
-from ..core.served import ServedClient, served_client
+from ..core.served import ServedClient, is_here, served_client
 from ..environments.base_env import Environment, StateMapper
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
 from ..environments.offline_readers import read_trajectories
@@ -38,11 +40,12 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 'training_tasks', 'record_offline',
-           'offline_data', 'with_states', 'with_initial_states', 'environment_texts', 'make_language_model',
-           'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_examples', 'demonstration_rows',
-           'rows_of_clone', 'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model',
+           'offline_data', 'check_rows', 'with_states', 'with_initial_states', 'environment_texts',
+           'make_language_model', 'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_examples',
+           'demonstration_rows', 'rows_of_clone', 'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model',
            'train_experience_model', 'check_served', 'check_refresh', 'check_heads', 'check_algorithm',
-           'check_curriculum', 'open_client', 'keep_ledger', 'explained', 'first_texts', 'stamps', 'homes']
+           'check_curriculum', 'open_client', 'keep_ledger', 'check_servers', 'explained', 'first_texts', 'stamps',
+           'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -87,6 +90,32 @@ def offline_data(
     if len(kept) < len(rows):
         log.warning("%s: %d rows of other splits than 'train' are left out", where, len(rows) - len(kept))
     return kept
+
+# %% ../../nbs/training/35a_preparation.ipynb #333f349a
+def check_rows(
+    rows: Sequence[Experience],  # of the user's files
+    tasks: Sequence[Task],  # of training
+    config: Config,
+) -> None:
+    """Raises ConfigError for recorded data whose tasks are not those of training, or that hold nothing to clone."""
+    where = f"environment.offline_data {config.environment.offline_data!r}"
+    if not rows:
+        raise ConfigError(f"{where}: no row of the split 'train' could be read; null asks for a run without data")
+    known, begun = {task.id for task in tasks}, [e.task_id for e in rows if e.turn == 0]
+    if config.rl.algorithm not in ("sft", "dpo") and known.isdisjoint(begun):
+        given = f"the first has {begun[0]!r}" if begun else "no row has turn 0"
+        raise ConfigError(
+            f"{where}: no episode's first row (turn 0) has the task_id of a training task, such as {tasks[0].id!r}, so "
+            f"none can be trained on; {given}; give those of env.tasks('train'), of which "
+            f"environment.num_train_worlds={config.environment.num_train_worlds} count"
+        )
+    if config.policy_model.bc_demonstrations and not any(map(is_demonstrated, rows)):
+        found = Counter(f"policy {e.policy!r} with success {e.success}" for e in rows)
+        raise ConfigError(
+            f"{where}: nothing to clone in {', '.join(f'{n} rows of {what}' for what, n in found.most_common(5))}; "
+            f"expected policy 'expert', or one of {', '.join(DEMONSTRATORS[1:])} in episodes with success true; set "
+            "these fields, or policy_model.bc_demonstrations to 0"
+        )
 
 # %% ../../nbs/training/35a_preparation.ipynb #0ea17359
 def with_states(
@@ -362,7 +391,11 @@ def check_served(
     section: ReasoningModelConfig,
     offline_data: str | None,  # of the environment section
 ) -> None:
-    """Raises ConfigError for what only a served model can do."""
+    """Raises ConfigError for what only a served model can do, and for a served one without a name."""
+    if section.provider != "local" and section.name == "scratch":
+        raise ConfigError(
+            f"reasoning_model.provider {section.provider!r}: set reasoning_model.name to what that server calls it"
+        )
     asked = {
         "environment.offline_data null (synthetic only)": offline_data is None and not section.instructed,
         "reasoning_model.annotation: llm": section.annotation == "llm" and section.provider == "local",
@@ -477,6 +510,27 @@ def keep_ledger(
     if client is not None and client.ledger.requests:
         write_json(folder / LEDGER, {name: getattr(client.ledger, name) for name in COUNTED})
 
+# %% ../../nbs/training/35a_preparation.ipynb #00fbb21a
+def check_servers(
+    config: Config,
+    dream: bool = True,  # False: the experience model will not dream
+) -> None:
+    """Raises ConfigError for an address of the config at which no server can be reached."""
+    section, env = config.reasoning_model, config.environment
+    cached = section.cache is not None and project_path(section.cache).is_file()  # replies on record need no server
+    asked = (dream or section.annotation == "llm") and section.provider != "local" and not cached
+    addresses = {"reasoning_model.base_url": section.base_url if asked else ""}
+    if env.name == "taubench" and env.domain != "desk":
+        addresses |= {f"environment.{key}": getattr(env, key).partition("@")[2] for key in ("user_llm", "judge_llm")}
+    for key, address in addresses.items():
+        try:
+            if address:
+                httpx2.head(address, timeout=10.0, trust_env=not is_here(address))
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise ConfigError(f"{key}: {address} cannot be reached ({error}); is the server up?") from None
+        except httpx2.HTTPError:  # an answer all the same
+            pass
+
 # %% ../../nbs/training/35a_preparation.ipynb #b60a1c40
 def explained(
     experiences: Sequence[Experience],
@@ -504,8 +558,8 @@ AFTERWARDS = {  # settings that matter only when the models are there
     "environment": "eval_split browser browsers",
     "policy_model": "lora_rank gradient_checkpointing server",
     "buffer": "synthetic_ratio",
-    "reasoning_model": "temperature max_new_tokens votes pessimism agreement verify redraws refresh_every "
-    "refresh_episodes refresh_steps concurrency price_input price_output cost_limit cache",
+    "reasoning_model": "temperature max_new_tokens reply_tokens votes pessimism agreement verify redraws "
+    "refresh_every refresh_episodes refresh_steps concurrency price_input price_output cost_limit cache",
 }
 RETRIEVAL = {"buffer.top_k", "buffer.same_world", "buffer.action_weight"}  # the data does not depend on these
 

@@ -20,7 +20,7 @@ from ..core.errors import ConfigError, DreamGymError
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'TrainArguments', 'resolve', 'publish', 'train', 'start_arm', 'main']
+__all__ = ['log', 'TrainArguments', 'resolve', 'publish', 'check_dream', 'train', 'start_arm', 'main']
 
 # %% ../../nbs/training/38_train.ipynb #77e36a78
 @dataclass(frozen=True)
@@ -104,6 +104,22 @@ def publish(
     shutil.copytree(manifest.parent / facts["folder"], target / facts["folder"])
     return Path(shutil.copy2(manifest, target / manifest.name))
 
+# %% ../../nbs/training/38_train.ipynb #0ddea123
+def check_dream(
+    config: Config,
+    folder: Path,  # of the run
+) -> None:
+    """Raises ConfigError where s2r has not begun and there is no finished dream arm that it could continue."""
+    from dreamgym.training.checkpoints import newest_checkpoint
+
+    begun, found = (newest_checkpoint(folder / arm / "checkpoints") for arm in ("s2r", "dream"))
+    facts = found[1] if found else {"iteration": -1}
+    if begun is None and not (facts.get("stopped") or facts["iteration"] >= config.training.num_iterations):
+        raise ConfigError(
+            f"mode s2r continues a finished dream arm, and there is none in {str(folder)!r}; run the same command with "
+            "--mode dream first (the notebook run_experiment does both)"
+        )
+
 # %% ../../nbs/training/38_train.ipynb #2ba758c4
 def train(
     arguments: TrainArguments,
@@ -113,8 +129,10 @@ def train(
     from dreamgym.training.trainer import OFFLINE, DreamGymTrainer
 
     config, folder = resolve(arguments)
-    trainer = DreamGymTrainer(config, folder)
     arm = config.rl.algorithm if config.rl.algorithm in OFFLINE else arguments.mode or config.training.mode
+    if arm == "s2r":
+        check_dream(config, folder)
+    trainer = DreamGymTrainer(config, folder)
     ready = trainer.prepare(dream=arm in ("dream", "s2r"))
 
     def keep(row: dict) -> None:
@@ -156,6 +174,7 @@ def main(
 
     arguments = tyro.cli(TrainArguments, args=argv, prog="python -m dreamgym.training.train")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every call to a server
     try:
         with sigterm_interrupts():
             folder = train(arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -44,11 +45,12 @@ from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 
 # %% auto #0
-__all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'with_reasoning', 'make_synthetic', 'within_worlds', 'played_turns',
-           'make_experience_model', 'RunningLoss', 'require', 'offline_agent', 'fit_offline', 'make_trackers',
-           'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer', 'main_first', 'read_or_make',
-           'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm', 'keep_spent', 'check_settings',
-           'check_alone', 'check_refreshing', 'check_arm', 'claim_folder', 'describe']
+__all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'recorded', 'cloning_line', 'fill', 'with_reasoning',
+           'make_synthetic', 'within_worlds', 'played_turns', 'make_experience_model', 'RunningLoss', 'require',
+           'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts', 'open_environment',
+           'DreamGymTrainer', 'main_first', 'read_or_make', 'with_dreams', 'read_or_train', 'lock_home', 'open_arm',
+           'train_arm', 'keep_spent', 'check_settings', 'check_alone', 'check_refreshing', 'check_arm', 'claim_folder',
+           'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #948de48e
 log = logging.getLogger(__name__)
@@ -80,22 +82,19 @@ def make_prepared(
     config, env, say = trainer.config, trainer.env, trainer.say
     checkpoints.remove_folder(home)
     home.mkdir(parents=True)
-    data = with_reasoning(trainer, prep.offline_data(env, config, tasks))
+    data = recorded(trainer, tasks)
     if not data:
         return make_synthetic(trainer, home, tasks)
-    say(f"{len(data):,} real transitions of expert, noisy and random behaviour in {len(tasks)} worlds")
     texts = prep.environment_texts(data, env)
     policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
     losses = RunningLoss(say, config.policy_model.pretrain_steps or 0, "pretraining")
     prep.pretrain_policy(policy, data, env, config, losses)
-    report = prep.clone_policy(policy, data, config, lambda i, loss: say(f"cloning epoch {i + 1}: loss {loss:.3f}"))
+    report = prep.clone_policy(policy, data, config, lambda i, loss: say(cloning_line(i, loss)))
     played, spent = prep.cloned_rollouts(policy, env, tasks, config)
     own = with_reasoning(trainer, played)
     say(f"cloned from {report.rows:,} demonstrated actions; {spent:,} transitions of its own rollouts")
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
-    buffer.add_many(data + own)
-    if len(buffer) < len(data + own):
-        log.warning("the buffer took %d of %d transitions: see buffer.capacity", len(buffer), len(data + own))
+    fill(buffer, data + own)
     save_checkpoint(home, 0, policy, None, {"stage": "cloned"})
     demonstrated = len(prep.rows_of_clone(data, config.policy_model))
     counts = {"offline": len(data), "cloned": spent, "demonstrations": demonstrated}
@@ -103,6 +102,45 @@ def make_prepared(
     write_json(home / "first_states.json", {task.id: task.initial_state for task in begun})
     write_json(home / "counts.json", counts)
     return Prepared(env, begun, buffer, policy, None, counts)
+
+# %% ../../nbs/training/37_trainer.ipynb #0afaa2bf
+def recorded(
+    trainer: DreamGymTrainer,
+    tasks: Sequence[Task],
+) -> list[Experience]:  # with their reasoning; empty: a run without offline data
+    """Offline data. Raises ConfigError for a user's file that a run cannot use."""
+    config, where = trainer.config, trainer.config.environment.offline_data
+    rows = prep.offline_data(trainer.env, config, tasks)
+    if where not in (None, "auto"):
+        prep.check_rows(rows, tasks, config)
+    data, origin = with_reasoning(trainer, rows), f"read from {where}"
+    if where == "auto":
+        origin = f"of expert, noisy and random behaviour in {len(tasks)} worlds"
+    if data:
+        trainer.say(f"{len(data):,} real transitions {origin}")
+    return data
+
+
+def cloning_line(
+    epoch: int,  # from 0
+    loss: float,  # on held-out tasks; infinite: there are none
+) -> str:
+    """What is said after an epoch of cloning."""
+    return f"cloning epoch {epoch + 1}: " + (f"loss {loss:.3f}" if math.isfinite(loss) else "no task is held out")
+
+
+def fill(
+    buffer: ExperienceReplayBuffer,  # empty
+    rows: Sequence[Experience],
+) -> None:
+    """Adds rows; warns of those that are not in it, with the reason."""
+    buffer.add_many(rows)
+    if len(buffer) < len(rows):
+        counts = buffer.stats()
+        reasons = {"beyond buffer.capacity": counts["tombstones"]}
+        reasons["empty, unreadable or below buffer.quality_threshold"] = counts["quality"]
+        said = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items() if n)
+        log.warning("the buffer took %d of %d transitions: %s", len(buffer), len(rows), said)
 
 # %% ../../nbs/training/37_trainer.ipynb #a0e97bb6
 def with_reasoning(
@@ -368,7 +406,7 @@ class DreamGymTrainer:
         """Offline data, cloned policy and (for dreams) the experience model; read back where they are on disk."""
         home, dreamer = prep.homes(self.config, self.folder, self.env.digest)
         with main_first(self.accelerator):
-            ready = read_or_make(self, home)
+            ready = read_or_make(self, home, dream)
         return with_dreams(self, ready, home, dreamer) if dream else ready
 
     def fit(
@@ -388,11 +426,12 @@ def main_first(accelerator: Any) -> AbstractContextManager[Any]:
     return nullcontext() if accelerator is None else accelerator.main_process_first()
 
 
-def read_or_make(trainer: DreamGymTrainer, home: Path) -> Prepared:
-    """The prepared run, but for its experience model; one process makes it."""
+def read_or_make(trainer: DreamGymTrainer, home: Path, dream: bool) -> Prepared:
+    """The prepared run, but for its experience model; one process makes it, where its servers can be reached."""
     tasks = prep.training_tasks(trainer.env, trainer.config)
     if (home / "counts.json").is_file():
         return read_prepared(trainer, home, tasks)
+    prep.check_servers(trainer.config, dream)
     with lock_home(trainer, home):
         if (home / "counts.json").is_file():  # made by the process that we waited for
             return read_prepared(trainer, home, tasks)

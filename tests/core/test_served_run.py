@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 from servers import FAULTS, LLMServer, running, serving_problem, train_small_model, transformers_serve
 
-from dreamgym.core.config import load_config
+from dreamgym.core.config import EnvironmentConfig, load_config
 from dreamgym.core.errors import ConfigError
 from dreamgym.core.ledger import CostLimit
 from dreamgym.environments.household_rules import expected_state, judge
 from dreamgym.environments.household_text import parse_state
 from dreamgym.models.replay_buffer import read_rows
+from dreamgym.training.preparation import check_servers
 from dreamgym.training.train import main
 from dreamgym.training.trainer import DreamGymTrainer
 
@@ -129,6 +131,7 @@ def test_a_misbehaving_server_hurts_only_the_episodes_that_it_fails(tmp_path):
 
 def test_the_cost_limit_stops_saves_and_can_be_raised(server, tmp_path):
     price = {"reasoning_model__price_output": 1000.0, "reasoning_model__concurrency": 1, "training__save_every": 9}
+    price["reasoning_model__reply_tokens"] = 48  # a call may start while its longest reply can be paid
     free = trainer(tmp_path / "free", server.base_url, **price)
     free.fit(free.prepare(), "dream")
     first, second = (row["dream/llm_cost_usd"] for row in metrics(tmp_path / "free")[1:])
@@ -179,12 +182,54 @@ def test_a_teacher_explains_the_offline_data(server, tmp_path):
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(tmp_path, capsys):
+    """Told before anything is recorded; once a run is prepared, the first dream tells."""
     flags = [f"{key}={value}" for key, value in TINY.items()] + ["reasoning_model.base_url=http://127.0.0.1:9/v1"]
     more = ["--preset", "smoke", "--checkpoints", "", "--out-dir", str(tmp_path / "run")]
-    assert main([*more, "--set", *flags, "reasoning_model.concurrency=4"]) == 2
+    command, counts = [*more, "--set", *flags, "reasoning_model.concurrency=4"], tmp_path / "run/prepared/counts.json"
+    assert main(command) == 2
     said = capsys.readouterr().err
-    assert "answered none of" in said and "Traceback" not in said
-    assert (tmp_path / "run" / "prepared" / "counts.json").is_file()  # what was prepared is kept
+    assert "reasoning_model.base_url: http://127.0.0.1:9/v1 cannot be reached" in said and "is the server up?" in said
+    assert not counts.exists()
+    t = trainer(tmp_path / "run", "http://127.0.0.1:9/v1", reasoning_model__concurrency=4)
+    t.prepare(dream=False)  # needs no server
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "answered none of" in said and "Traceback" not in said and counts.is_file()
+
+
+def test_any_answer_says_that_a_server_is_there(server, tmp_path):
+    """It is asked once, without a key, and nothing is paid for."""
+    config = trainer(tmp_path, server.base_url).config
+    check_servers(config)
+    assert not server.bodies and not server.headers
+    service = {"name": "taubench", "domain": "retail", "user_llm": f"m@{server.base_url}"}
+    for lost, place in ((False, server.base_url), (True, "http://127.0.0.1:9/v1")):
+        asked = config.model_copy(update={"environment": EnvironmentConfig(**service, judge_llm=f"m@{place}")})
+        with pytest.raises(ConfigError, match="environment.judge_llm: .*is the server up") if lost else nullcontext():
+            check_servers(asked)
+
+
+def test_replies_on_record_need_no_server(tmp_path):
+    t = trainer(tmp_path, "http://127.0.0.1:9/v1", reasoning_model__cache=str(tmp_path / "replies.db"))
+    check_servers(t.config)  # opening it has made the file
+
+
+@pytest.mark.parametrize("tokens", [4, None])
+def test_a_run_whose_predictions_are_malformed_says_so(tokens, tmp_path, caplog):
+    """A server that keeps to the limit it is told cuts off what is longer."""
+
+    def short(body):
+        said, limit = answer(body), body["max_tokens"]
+        return " ".join(said.split(" ")[:limit])
+
+    with running(LLMServer(short)) as server:
+        t = trainer(tmp_path, server.base_url, reasoning_model__reply_tokens=tokens, training__num_iterations=1)
+        t.fit(t.prepare(), "dream")
+    row = metrics(tmp_path)[-1]
+    assert row["dream/malformed"] == (row["dream/predictions"] if tokens else 0)
+    warned = [record.message for record in caplog.records if "predictions are malformed; the first: " in record.message]
+    assert len(warned) == bool(tokens) and all("iteration 1" in text and "JSON" in text for text in warned)
 
 
 def test_transformers_serve_runs_an_experience_model(tmp_path):
@@ -193,7 +238,7 @@ def test_transformers_serve_runs_an_experience_model(tmp_path):
         pytest.skip(problem)
     train_small_model(tmp_path / "model", [("hello", '{"works": false}')], steps=5)
     with transformers_serve(tmp_path / "model") as url:
-        name = {"reasoning_model__name": str(tmp_path / "model"), "reasoning_model__max_new_tokens": 8}
+        name = {"reasoning_model__name": str(tmp_path / "model"), "reasoning_model__reply_tokens": 8}
         short = {"environment__max_episode_steps": 2, "training__num_iterations": 1, "training__batch_size": 2}
         t = trainer(tmp_path / "run", url, **name, **short, environment__num_train_worlds=2)
         t.client.tries = 1

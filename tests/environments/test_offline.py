@@ -129,6 +129,35 @@ def test_without_an_expert_only_random_walks(env):
     assert len(record(blind, env.tasks("train")[:3], RANDOM)) == 3
 
 
+class Unlisted(CountingEnv):
+    """Says nothing of what is possible."""
+
+    def reset(self, slots, tasks, seeds=None):
+        return [replace(r, admissible_actions=None) for r in super().reset(slots, tasks, seeds)]
+
+    def step(self, slots, actions):
+        return [replace(r, admissible_actions=None) for r in super().step(slots, actions)]
+
+
+@pytest.mark.parametrize("behaviour", [NOISY, RANDOM])
+def test_where_nothing_is_listed_noise_is_what_the_expert_would_do(behaviour):
+    """Here and elsewhere, with near misses among them; never a word of another environment."""
+
+    def expert(batch, slot, seed):
+        return "add 1 to pile 1" if slot % 2 else f"take {1 + slot} from heap 2"
+
+    toy = Environment("toy", None, 6, lambda split: [], Unlisted, expert=expert)
+    episodes = record(toy, [Task(str(i), "99") for i in range(12)], behaviour, slots=4)
+    assert record(toy, [Task(str(i), "99") for i in range(12)], behaviour, slots=4) == episodes
+    noise = {row.action for episode in episodes for row in episode if row.policy != "expert"}
+    wise = {expert(None, slot, 0) for slot in range(4)}
+    spoken = {word for action in wise for word in action.split()}
+    assert noise & wise and noise - wise and {word for action in noise for word in action.split()} <= spoken
+    blind = replace(toy, expert=None)
+    with pytest.raises(EnvironmentFailure, match=r"'toy' lists no admissible actions.*info\['admissible_actions'\]"):
+        record(blind, [Task("a", "2")], RANDOM)
+
+
 def test_broken_games_do_not_stop_the_others():
     class Fragile(CountingEnv):
         def reset(self, slots, tasks, seeds=None):

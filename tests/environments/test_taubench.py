@@ -30,7 +30,7 @@ from dreamgym.environments.service_desk import (
     replay,
     vary,
 )
-from dreamgym.environments.service_session import ENDS, ConversationMapper, Session
+from dreamgym.environments.service_session import ENDS, ConversationMapper, ServiceEnv, Session
 from dreamgym.environments.taubench import DeskService, build
 from dreamgym.environments.tool_calls import CallError, read_call, run_call, write_call
 
@@ -54,6 +54,22 @@ def play(env, tasks, choose):
 
 def share(env, tasks, choose):
     return sum(bool(result.success) for result in play(env, tasks, choose)) / len(tasks)
+
+
+def test_noise_at_a_desk_without_a_list_calls_tools():
+    """Plain text would end the conversation: nobody is there to hear it, as in an official domain."""
+
+    class Strict(DeskService):
+        plain_ends = True
+
+    made = build(EnvironmentConfig(name="taubench", mapper=False))
+    strict = replace(made, make=lambda slots: ServiceEnv(slots, Strict, made.max_turns, made.mapper))
+    for behaviour in (RANDOM, Behaviour("noisy", 0.3)):
+        episodes = record(strict, strict.tasks("train")[:20], behaviour)
+        rows = [row for episode in episodes for row in episode]
+        assert all(row.action.startswith("{") for row in rows) and len(rows) > 3 * len(episodes)
+        noise = [read_call(row.action) for row in rows if row.policy != "expert"]
+        assert {call.name for call in noise} >= {"find", "refund", "show"}
 
 
 # ---- the desk
@@ -373,7 +389,7 @@ def test_an_answer_about_an_error_is_no_failed_action():
 def test_official_desks_with_customers_need_one(domain):
     with pytest.raises(ConfigError, match="user_llm"):
         build(EnvironmentConfig(name="taubench", domain=domain))
-    with pytest.raises(ConfigError, match="base_url"):
+    with pytest.raises(ConfigError, match="^environment.user_llm: expected an address"):
         build(EnvironmentConfig(name="taubench", domain=domain, user_llm="llama@somewhere"))
 
 
@@ -383,3 +399,9 @@ def test_worlds_are_never_changed_by_playing():
     desk.data.orders[next(iter(desk.data.orders))].outcome = "cancelled"
     desk.data.stock["lamp"].append("pink")
     assert json.dumps(dict(desk_world(0))) == before
+
+
+@pytest.mark.parametrize("key", ["user_llm", "judge_llm"])
+def test_an_address_that_is_none_is_told_by_its_key(key):
+    with pytest.raises(ConfigError, match=f"^environment.{key}: expected an address such as http"):
+        build(EnvironmentConfig(name="taubench", domain="retail", **{key: "llama@localhost:8000"}))

@@ -324,6 +324,18 @@ def test_json_faults_of_a_client_are_the_models_own(env, rows):
         assert failure_kind(e) == kind and error in e.error
 
 
-def test_a_reply_that_was_cut_off_says_what_to_do(env, rows):
-    model = model_of(env, lambda r: Reply("at desk", "length"))
-    assert "raise reasoning_model.max_new_tokens" in model.generate_experience(rows[0].state, "look", "x").error
+@pytest.mark.parametrize(("prompted", "key"), [(False, "max_new_tokens"), (True, "reply_tokens")])
+def test_a_reply_that_was_cut_off_says_what_to_do(prompted, key, env, rows):
+    lost = Reply("", "error", error="bad JSON: …; it was cut off, raise max_new_tokens")
+    for reply in [Reply("at desk", "length"), *([lost] if prompted else [])]:
+        model = model_of(env, lambda r, reply=reply: reply, prompted=prompted)
+        said = model.generate_experience(rows[0].state, "look", "x").error
+        assert said.endswith(f"it was cut off, raise reasoning_model.{key}"), said
+
+
+def test_an_instructed_model_has_room_for_a_whole_state(env, rows):
+    """`max_new_tokens` is sized for the changes that a trained model writes."""
+    for told, room in (({}, 9), ({"prompted": True}, 1024), ({"prompted": True, "reply_tokens": 300}, 300)):
+        model = model_of(env, lambda r: Reply("no"), max_new_tokens=9, **told)
+        model.generate_experience(rows[0].state, "look", "x")
+        assert {r.max_new_tokens for r in model.client.requests} == {room}

@@ -44,7 +44,7 @@ def answer(system):
 
 def roles(client, n=1, temperature=0.0):
     """Asks all three: predictions, the annotated rows with their report, the grades."""
-    config = ReasoningModelConfig(prompted=True, temperature=temperature, max_new_tokens=200)
+    config = ReasoningModelConfig(prompted=True, temperature=temperature, reply_tokens=200)
     model = ReasoningExperienceModel(config, client, mapper=MAPPER)
     task = Task("t", "put a mug in cabinet.")
     found = model.predict([Query(FIRST, STEPS[0].action, task)] * n)

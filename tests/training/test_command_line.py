@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -200,3 +202,31 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path, monkeypatch, capsys):
     assert evaluate.main([*told, "--set", "environment.data_dir=generated"]) == 2
     assert "all 3 games were aborted, the first because: browser lost" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
+
+
+def test_s2r_asks_for_the_dream_before_anything_is_prepared(tmp_path, capsys):
+    assert train.main(flags(tmp_path, "--mode", "s2r")) == 2
+    said = capsys.readouterr().err
+    assert "mode s2r continues a finished dream arm" in said and "--mode dream first" in said
+    assert not (tmp_path / "run").exists()
+    config = load_config(None, "alfworld", "smoke", {"training.num_iterations": 3})
+    for arm, facts, ready in (
+        ("dream", {"iteration": 2}, False),
+        ("dream", {"iteration": 2, "stopped": True}, True),
+        ("dream", {"iteration": 3}, True),
+        ("s2r", {"iteration": 4}, True),
+    ):
+        folder = tmp_path / f"{arm}{len(list(tmp_path.iterdir()))}"
+        (folder / arm / "checkpoints").mkdir(parents=True)
+        manifest = folder / arm / "checkpoints" / manifest_name(facts["iteration"])
+        manifest.write_text(json.dumps(facts | {"folder": "x", "files": {}}))
+        with nullcontext() if ready else pytest.raises(ConfigError, match="--mode dream first"):
+            train.check_dream(config, folder)
+
+
+@pytest.mark.parametrize("room", [train, evaluate])
+def test_calls_to_a_server_are_not_told_one_by_one(room, monkeypatch, tmp_path):
+    client = logging.getLogger("httpx2")
+    monkeypatch.setattr(client, "level", logging.NOTSET)
+    asked = ["--checkpoint", str(tmp_path / "none.json")] if room is evaluate else ["--env", "nowhere"]
+    assert room.main(asked) == 2 and not client.isEnabledFor(logging.INFO) and client.isEnabledFor(logging.WARNING)

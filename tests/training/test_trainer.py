@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreamgym.core.config import load_config
+from dreamgym.core.config import BufferConfig, load_config
 from dreamgym.core.data_structures import Experience, Trajectory, to_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.generators import ServerError
@@ -506,6 +506,8 @@ def test_offline_agents(algorithm, whole, tmp_path):
 def test_what_only_a_language_model_can_do_is_refused(asked, tmp_path):
     with pytest.raises(ConfigError, match="needs a language model that follows instructions"):
         trainer(tmp_path / "run", **asked)
+    with pytest.raises(ConfigError, match="provider 'openai': set reasoning_model.name to what that server calls it"):
+        trainer(tmp_path / "run", **asked, reasoning_model__provider="openai")
     assert not (tmp_path / "run").exists()
 
 
@@ -672,6 +674,68 @@ def test_held_out_rows_of_a_users_file_are_left_out(tmp_path, caplog):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = offline_data(None, config(environment__offline_data=str(tmp_path / "mine.jsonl")), [])
     assert len(found) == 1 and "2 rows of other splits" in caplog.text
+
+
+def users_file(folder, *lines):
+    """A run's settings that read these rows."""
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"environment__offline_data": str(folder / "mine.jsonl")}
+
+
+def theirs(whole, **changed):
+    """Recorded rows of the training tasks, as a user might have them."""
+    buffer = ExperienceReplayBuffer(path=whole / "prepared" / "experience.db", dedup=False)
+    rows = [to_row(e) for _, e in read_rows(buffer.db, "policy = 'expert'")]
+    buffer.close()
+    return [row | changed for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"task_id": ""}, "no episode's first row .turn 0. has the task_id of a training task, such as 'small-train-"),
+        ({"task_id": "mine"}, "the first has 'mine'; give those of"),
+        ({"turn": 1}, "no row has turn 0"),
+        ({"policy": ""}, "nothing to clone in .* rows of policy '' with success True, .*; expected policy 'expert'"),
+        ({"policy": "human", "success": None}, "rows of policy 'human' with success None"),
+        ({"split": "unseen"}, "no row of the split 'train'"),
+    ],
+)
+def test_a_users_file_that_cannot_be_used_is_told_before_training(changed, said, whole, tmp_path):
+    t = trainer(tmp_path / "run", **users_file(tmp_path, *theirs(whole, **changed)))
+    with pytest.raises(ConfigError, match=said) as caught:
+        t.prepare()
+    assert str(caught.value).startswith(f"environment.offline_data '{tmp_path}")
+    assert not list((tmp_path / "run" / "prepared").glob("*"))
+
+
+def test_a_users_file_is_read_cloned_and_said_to_be_one(whole, tmp_path):
+    lines = []
+    rows = theirs(whole, policy="human", success=True)
+    DreamGymTrainer(config(**users_file(tmp_path, *rows)), tmp_path / "run", lines.append).prepare(dream=False)
+    assert f"{len(rows):,} real transitions read from {tmp_path / 'mine.jsonl'}" in lines
+    assert any(line.startswith("cloned from") for line in lines)
+    one = [row for row in rows if row["task_id"] == rows[0]["task_id"]]
+    lines.clear()
+    DreamGymTrainer(config(**users_file(tmp_path, *one)), tmp_path / "one", lines.append).prepare(dream=False)
+    assert "cloning epoch 1: no task is held out" in lines and "inf" not in " ".join(lines)
+    offline = users_file(tmp_path, *[row | {"task_id": ""} for row in rows])
+    trainer(tmp_path / "sft", **offline, rl__algorithm="sft").prepare(dream=False)  # plays none of the tasks
+    auto = trainer(tmp_path / "auto")
+    auto.say = lines.append
+    auto.prepare(dream=False)
+    assert any(line.endswith("of expert, noisy and random behaviour in 6 worlds") for line in lines)
+
+
+def test_rows_that_the_buffer_refuses_are_told_with_the_reason(caplog):
+    rows = [Experience("s", "a", 0.0, "t", False), Experience("s", "", 0.0, "t", False)]
+    for capacity, said in (
+        (9, "1 empty, unreadable or below buffer.quality_threshold"),
+        (1, "1 beyond buffer.capacity"),
+    ):
+        found = [rows[0], rows[0]] if capacity == 1 else rows
+        trainer_module.fill(ExperienceReplayBuffer(BufferConfig(capacity=capacity), dedup=False), found)
+        assert caplog.messages.pop() == f"the buffer took 1 of 2 transitions: {said}"
 
 
 def test_rows_of_an_earlier_refreshed_run_are_as_old_as_all_others(tmp_path):

@@ -126,7 +126,7 @@ def cloning_line(
     loss: float,  # on held-out tasks; infinite: there are none
 ) -> str:
     """What is said after an epoch of cloning."""
-    return f"cloning epoch {epoch + 1}: " + (f"loss {loss:.3f}" if math.isfinite(loss) else "no task is held out")
+    return f"cloning epoch {epoch + 1}: " + ("no task is held out" if math.isinf(loss) else f"loss {loss:.3f}")
 
 
 def fill(

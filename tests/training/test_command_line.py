@@ -224,9 +224,11 @@ def test_s2r_asks_for_the_dream_before_anything_is_prepared(tmp_path, capsys):
             train.check_dream(config, folder)
 
 
-@pytest.mark.parametrize("room", [train, evaluate])
-def test_calls_to_a_server_are_not_told_one_by_one(room, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", [train, evaluate])
+def test_calls_to_a_server_are_not_told_one_by_one(command, caplog, tmp_path):
+    caplog.set_level(logging.INFO)  # as the command sets it where nobody has
+    caplog.set_level(logging.NOTSET, "httpx2")
+    asked = ["--checkpoint", str(tmp_path / "none.json")] if command is evaluate else ["--env", "nowhere"]
+    assert command.main(asked) == 2
     client = logging.getLogger("httpx2")
-    monkeypatch.setattr(client, "level", logging.NOTSET)
-    asked = ["--checkpoint", str(tmp_path / "none.json")] if room is evaluate else ["--env", "nowhere"]
-    assert room.main(asked) == 2 and not client.isEnabledFor(logging.INFO) and client.isEnabledFor(logging.WARNING)
+    assert not client.isEnabledFor(logging.INFO) and client.isEnabledFor(logging.WARNING)

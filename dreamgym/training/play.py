@@ -50,7 +50,7 @@ class Evaluation:
             "temperature": self.temperature,
             "turns": metrics["turns"],
             "invalid_actions": metrics["invalid_actions"],
-            "transitions": metrics["transitions"],
+            "transitions": sum(len(t.turns) for t in self.trajectories),  # all that were taken, of aborted games too
             "by_type": {kind: [sum(won), len(won)] for kind, won in by_type.items()},
         }
 

@@ -305,8 +305,8 @@ def fit_offline(
     tasks = trainer.env.tasks("valid")[: config.training.validation_episodes]
     temperature, section = config.training.validation_temperature, config.policy_model
     played = evaluate_policy(policy, trainer.env, tasks, temperature, section=section).row()
-    known = {f"eval/{key}": played[key] for key in ("success", "n")} if played["n"] else {}
-    row: dict[str, Any] = {"iteration": 1, **metrics, **known}
+    known = ("success", "n", "transitions") if played["n"] else ("n", "transitions")
+    row: dict[str, Any] = {"iteration": 1, **metrics, **{f"eval/{key}": played[key] for key in known}}
     row["time/iteration"] = time.monotonic() - start
     run.truncate(0)
     run.log(row)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dreamgym.core.config import BufferConfig, load_config
-from dreamgym.core.data_structures import Experience, Trajectory, to_row
+from dreamgym.core.data_structures import Experience, Trajectory, Turn, to_row
 from dreamgym.core.errors import CheckpointError, ConfigError, DataError, DreamGymError
 from dreamgym.core.generators import ServerError
 from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
@@ -628,13 +628,18 @@ def test_an_offline_agent_that_nothing_is_known_of_has_no_success(aborted, whole
     policy = load_policy(whole / "prepared" / "policy_iter_0000.json")
     monkeypatch.setattr(trainer_module, "offline_agent", lambda *_: (policy, {"policy/loss": 1.0}))
 
+    turn = Turn([1], [2], [-0.1], 0.0, "s", "look", "look")
+
     def played(policy, env, tasks, *_, **__):
-        return Evaluation([Trajectory([], task, 0, "real", 0, False, False, aborted=aborted) for task in tasks], 1.0)
+        return Evaluation(
+            [Trajectory([turn], task, 0, "real", 0, False, False, aborted=aborted) for task in tasks], 1.0
+        )
 
     monkeypatch.setattr(trainer_module, "evaluate_policy", played)
     trainer_module.fit_offline(t, None, "sft", RunDir(tmp_path / "sft"), lambda row: None)
     (row,) = metrics(tmp_path / "sft")
-    assert row["policy/loss"] == 1 and not [key for key in row if key.startswith("eval/")]
+    assert row["policy/loss"] == 1 and "eval/success" not in row
+    assert (row["eval/n"], row["eval/transitions"]) == (0, 2 if aborted else 0)
 
 
 def test_a_group_of_one_is_left_out(whole, tmp_path):

@@ -32,7 +32,7 @@ T = TypeVar("T")
 __all__ = ['log', 'T', 'DIALECTS', 'Dialect', 'openai_body', 'openai_reply', 'anthropic_body', 'anthropic_reply', 'Server',
            'request_body', 'secure', 'find_key', 'redact', 'Failure', 'check_status', 'read_body', 'read_answer',
            'pause', 'EventLoopThread', 'Caller', 'call', 'refuses_schema', 'fitted', 'Batch', 'answer', 'answer_all',
-           'ServedClient', 'connect', 'disconnect', 'ask', 'complete_cached', 'served_client']
+           'ServedClient', 'connect', 'disconnect', 'ask', 'complete_cached', 'check_reachable', 'served_client']
 
 # %% ../../nbs/core/04b_served.ipynb #68de250c
 @dataclass(frozen=True, slots=True)
@@ -504,6 +504,19 @@ def complete_cached(
     asked = ask(client, list(missing.values()), list(missing)) if missing else []
     replies = {**known, **dict(zip(missing, asked, strict=True))}
     return [reply for key in keys if (reply := replies[key]) is not None]
+
+# %% ../../nbs/core/04b_served.ipynb #15de0202
+def check_reachable(
+    key: str,  # of the config, such as 'reasoning_model.base_url'
+    address: str,
+) -> None:
+    """Raises ConfigError for an address at which no server can be reached."""
+    try:
+        httpx2.head(address, timeout=10.0, trust_env=not is_here(address))
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        raise ConfigError(f"{key}: {address} cannot be reached ({error}); is the server up?") from None
+    except httpx2.HTTPError:  # an answer all the same
+        pass
 
 # %% ../../nbs/core/04b_served.ipynb #0f4ab774
 def served_client(

@@ -15,7 +15,7 @@ from ..core.errors import EnvironmentFailure
 from .base_env import Environment
 
 # %% auto #0
-__all__ = ['EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'real_experience', 'experiences_of']
+__all__ = ['EXPERT', 'RANDOM', 'Behaviour', 'record', 'near_miss', 'real_experience', 'transition_of', 'experiences_of']
 
 # %% ../../nbs/environments/16_offline.ipynb #e8d58377
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,17 @@ def real_experience(
     about |= {"task_type": task.task_type, "world_id": task.world_id}
     return Experience(**asdict(step), reasoning=reasoning, env=env.name, **about, **origin)
 
+# %% ../../nbs/environments/16_offline.ipynb #a6727382
+def transition_of(
+    state: str,
+    action: str,
+    result: StepResult,  # of the environment
+) -> Transition:
+    """A step of the environment as a transition."""
+    return Transition(
+        state, action, result.reward, result.state, result.terminated, result.truncated, result.observation
+    )
+
 # %% ../../nbs/environments/16_offline.ipynb #cbb97859
 class _Recorder:
     """Chooses actions and writes rows."""
@@ -131,9 +142,7 @@ class _Recorder:
         return action
 
     def row(self, task: Task, before: StepResult, action: str, who: str, result: StepResult, turn: int) -> Experience:
-        step = Transition(
-            before.state, action, result.reward, result.state, result.terminated, result.truncated, result.observation
-        )
+        step = transition_of(before.state, action, result)
         episode = f"{task.id}/{self.behaviour.name}-{self.behaviour.noise:g}/{self.seed}"
         return real_experience(step, task, self.env, episode_id=episode, turn=turn, policy=who)
 

@@ -500,8 +500,7 @@ class CurriculumTaskGenerator:
         **offers: Any,  # fields of TaskSet: by_cluster, encoder, vary, feasible
     ):
         self.seed, self.config = seed, config or CurriculumConfig()
-        seeds = {task.id: task for task in list(seed_tasks)[: self.config.seed_tasks]}
-        self.known = TaskSet(self.config, seeds, **offers)
+        self.known = TaskSet(self.config, {t.id: t for t in list(seed_tasks)[: self.config.seed_tasks]}, **offers)
 
     def update_performance(self, episode: Trajectory | Mapping[str, Any]) -> None:
         """Adds the outcome of a completed episode, or of its `episode_row`; an aborted one is only counted."""

@@ -185,7 +185,7 @@ def continue_dream(
     loop: ArmLoop,  # changed in place
 ) -> dict[str, torch.Tensor]:  # state of the optimiser; empty: a new one
     """Puts an s2r arm where the dream arm was best. Raises CheckpointError if that is not finished."""
-    training, (folder, last) = loop.config.training, finished_dream(loop)
+    training, (folder, last) = loop.config.training, finished_dream(loop.run.path.parent, loop.config)
     number, state = last["best"]["iteration"], dict[str, torch.Tensor]()  # 0: the clone, no iteration was better
     keep = number > 0 and training.s2r_optimizer == "keep"
     if number:
@@ -200,14 +200,18 @@ def continue_dream(
 
 
 def finished_dream(
-    loop: ArmLoop,  # of s2r
+    folder: Path,  # of the run
+    config: Config,
 ) -> tuple[Path, dict[str, Any]]:  # folder of its checkpoints, content of the last manifest
-    """The dream arm of the same run. Raises CheckpointError if it is not finished."""
-    folder = loop.run.path.parent / "dream" / "checkpoints"
-    found = newest_checkpoint(folder)
-    if found is None or not (found[1].get("stopped") or found[1]["iteration"] >= loop.config.training.num_iterations):
-        raise CheckpointError(f"s2r continues the dream arm, which is not finished in {str(folder)!r}; train it first")
-    return folder, found[1]
+    """The dream arm that s2r continues. Raises CheckpointError if it is not finished."""
+    place = folder / "dream" / "checkpoints"
+    found = newest_checkpoint(place)
+    if found is None or not (found[1].get("stopped") or found[1]["iteration"] >= config.training.num_iterations):
+        raise CheckpointError(
+            f"mode s2r continues a finished dream arm, and there is none in {str(folder)!r}; run the same command with "
+            "--mode dream first (the notebook run_experiment does both)"
+        )
+    return place, found[1]
 
 # %% ../../nbs/training/36b_arms.ipynb #b98119c1
 def due(loop: ArmLoop, number: int) -> bool:
@@ -533,6 +537,6 @@ def best_policy(
     """The policy of the best iteration on validation games; the arm's start if none was better."""
     number, folder = loop.best["iteration"], loop.checkpoints
     if loop.arm == "s2r" and number == loop.config.training.num_iterations:  # its start
-        folder, last = finished_dream(loop)
+        folder, last = finished_dream(loop.run.path.parent, loop.config)
         number = last["best"]["iteration"]
     return load_policy(folder / manifest_name(number), loop.device) if number else loop.ready.policy

@@ -13,15 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
 from ..core import language_model as lm
 from ..core.config import Config, PolicyModelConfig, ReasoningModelConfig, config_hash, config_keys, project_path
 from ..core.data_structures import Experience, Task
 from ..core.errors import ConfigError, PredictionError
 from ..core.generators import TransformersGenerator
 from ..core.llm import GeneratorClient, LLMClient
-from ..core.served import ServedClient, is_here, served_client
+from ..core.served import ServedClient, check_reachable, served_client
 from ..environments.base_env import Environment, StateMapper
 from ..environments.offline import EXPERT, RANDOM, Behaviour, experiences_of, record
 from ..environments.offline_readers import read_trajectories
@@ -41,11 +39,11 @@ log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['log', 'BEHAVIOURS', 'LEDGER', 'COUNTED', 'AFTERWARDS', 'RETRIEVAL', 'training_tasks', 'record_offline',
            'offline_data', 'check_rows', 'with_states', 'with_initial_states', 'environment_texts',
-           'make_language_model', 'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_examples',
-           'demonstration_rows', 'rows_of_clone', 'cloned_rollouts', 'lost_targets', 'check_tokens', 'experience_model',
-           'train_experience_model', 'check_served', 'check_refresh', 'check_heads', 'check_algorithm',
-           'check_curriculum', 'open_client', 'keep_ledger', 'check_servers', 'explained', 'first_texts', 'stamps',
-           'homes']
+           'make_language_model', 'agent_texts', 'make_policy', 'pretrain_policy', 'clone_policy', 'cloning_line',
+           'cloning_examples', 'demonstration_rows', 'rows_of_clone', 'cloned_rollouts', 'lost_targets', 'check_tokens',
+           'experience_model', 'train_experience_model', 'check_served', 'check_refresh', 'check_heads',
+           'check_algorithm', 'check_curriculum', 'open_client', 'keep_ledger', 'check_servers', 'explained',
+           'first_texts', 'stamps', 'homes']
 
 # %% ../../nbs/training/35a_preparation.ipynb #55806129
 BEHAVIOURS = (EXPERT, Behaviour("noisy", 0.3), Behaviour("noisy", 0.1), Behaviour("noisy", 0.6), RANDOM)
@@ -225,6 +223,14 @@ def clone_policy(
     if not train and experiences:
         log.warning("nothing to clone: no row's policy is one of %s", ", ".join(DEMONSTRATORS))
     return clone(policy, train, validation, config.policy_model, config.training.seed, on_epoch)
+
+# %% ../../nbs/training/35a_preparation.ipynb #917bb60a
+def cloning_line(
+    epoch: int,  # from 0
+    loss: float,  # on held-out tasks; infinite: there are none
+) -> str:
+    """What is said after an epoch of cloning."""
+    return f"cloning epoch {epoch + 1}: " + ("no task is held out" if loss == float("inf") else f"loss {loss:.3f}")
 
 # %% ../../nbs/training/35a_preparation.ipynb #494c4bdd
 def cloning_examples(
@@ -523,13 +529,8 @@ def check_servers(
     if env.name == "taubench" and env.domain != "desk":
         addresses |= {f"environment.{key}": getattr(env, key).partition("@")[2] for key in ("user_llm", "judge_llm")}
     for key, address in addresses.items():
-        try:
-            if address:
-                httpx2.head(address, timeout=10.0, trust_env=not is_here(address))
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise ConfigError(f"{key}: {address} cannot be reached ({error}); is the server up?") from None
-        except httpx2.HTTPError:  # an answer all the same
-            pass
+        if address:
+            check_reachable(key, address)
 
 # %% ../../nbs/training/35a_preparation.ipynb #b60a1c40
 def explained(

@@ -109,16 +109,12 @@ def check_dream(
     config: Config,
     folder: Path,  # of the run
 ) -> None:
-    """Raises ConfigError where s2r has not begun and there is no finished dream arm that it could continue."""
+    """Raises CheckpointError where s2r has not begun and there is no finished dream arm that it could continue."""
+    from dreamgym.training.arms import finished_dream
     from dreamgym.training.checkpoints import newest_checkpoint
 
-    begun, found = (newest_checkpoint(folder / arm / "checkpoints") for arm in ("s2r", "dream"))
-    facts = found[1] if found else {"iteration": -1}
-    if begun is None and not (facts.get("stopped") or facts["iteration"] >= config.training.num_iterations):
-        raise ConfigError(
-            f"mode s2r continues a finished dream arm, and there is none in {str(folder)!r}; run the same command with "
-            "--mode dream first (the notebook run_experiment does both)"
-        )
+    if newest_checkpoint(folder / "s2r" / "checkpoints") is None:
+        finished_dream(folder, config)
 
 # %% ../../nbs/training/38_train.ipynb #2ba758c4
 def train(

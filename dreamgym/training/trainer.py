@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 import signal
 import threading
@@ -45,12 +44,11 @@ from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 
 # %% auto #0
-__all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'recorded', 'cloning_line', 'fill', 'with_reasoning',
-           'make_synthetic', 'within_worlds', 'played_turns', 'make_experience_model', 'RunningLoss', 'require',
-           'offline_agent', 'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts', 'open_environment',
-           'DreamGymTrainer', 'main_first', 'read_or_make', 'with_dreams', 'read_or_train', 'lock_home', 'open_arm',
-           'train_arm', 'keep_spent', 'check_settings', 'check_alone', 'check_refreshing', 'check_arm', 'claim_folder',
-           'describe']
+__all__ = ['log', 'AROUND', 'read_prepared', 'make_prepared', 'recorded', 'fill', 'with_reasoning', 'make_synthetic',
+           'within_worlds', 'played_turns', 'make_experience_model', 'RunningLoss', 'require', 'offline_agent',
+           'fit_offline', 'make_trackers', 'Terminated', 'sigterm_interrupts', 'open_environment', 'DreamGymTrainer',
+           'main_first', 'read_or_make', 'with_dreams', 'read_or_train', 'lock_home', 'open_arm', 'train_arm',
+           'keep_spent', 'check_settings', 'check_alone', 'check_refreshing', 'check_arm', 'claim_folder', 'describe']
 
 # %% ../../nbs/training/37_trainer.ipynb #948de48e
 log = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ def make_prepared(
     policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
     losses = RunningLoss(say, config.policy_model.pretrain_steps or 0, "pretraining")
     prep.pretrain_policy(policy, data, env, config, losses)
-    report = prep.clone_policy(policy, data, config, lambda i, loss: say(cloning_line(i, loss)))
+    report = prep.clone_policy(policy, data, config, lambda i, loss: say(prep.cloning_line(i, loss)))
     played, spent = prep.cloned_rollouts(policy, env, tasks, config)
     own = with_reasoning(trainer, played)
     say(f"cloned from {report.rows:,} demonstrated actions; {spent:,} transitions of its own rollouts")
@@ -119,14 +117,6 @@ def recorded(
     if data:
         trainer.say(f"{len(data):,} real transitions {origin}")
     return data
-
-
-def cloning_line(
-    epoch: int,  # from 0
-    loss: float,  # on held-out tasks; infinite: there are none
-) -> str:
-    """What is said after an epoch of cloning."""
-    return f"cloning epoch {epoch + 1}: " + ("no task is held out" if math.isinf(loss) else f"loss {loss:.3f}")
 
 
 def fill(

@@ -16,7 +16,7 @@ from test_trainer import TINY
 
 from dreamgym.core.config import load_config, save_config
 from dreamgym.core.data_structures import Trajectory
-from dreamgym.core.errors import ConfigError, MissingExtra
+from dreamgym.core.errors import CheckpointError, ConfigError, MissingExtra
 from dreamgym.environments import base_env
 from dreamgym.training import checkpoints, evaluate, play, train, trainer
 from dreamgym.training.arm_loop import trained_on
@@ -220,7 +220,7 @@ def test_s2r_asks_for_the_dream_before_anything_is_prepared(tmp_path, capsys):
         (folder / arm / "checkpoints").mkdir(parents=True)
         manifest = folder / arm / "checkpoints" / manifest_name(facts["iteration"])
         manifest.write_text(json.dumps(facts | {"folder": "x", "files": {}}))
-        with nullcontext() if ready else pytest.raises(ConfigError, match="--mode dream first"):
+        with nullcontext() if ready else pytest.raises(CheckpointError, match="--mode dream first"):
             train.check_dream(config, folder)
 
 

@@ -133,7 +133,7 @@ def test_s2r_goes_on_with_the_curriculum_and_plays_seed_tasks_only(grown, tmp_pa
     shutil.copytree(grown, tmp_path / "run")
     folder = tmp_path / "run" / "dream" / "checkpoints"
     last = newest_checkpoint(folder)[1] | {"best": {"iteration": 2, "success": 1.0}}
-    monkeypatch.setattr(arms, "finished_dream", lambda loop: (folder, last))
+    monkeypatch.setattr(arms, "finished_dream", lambda *_: (folder, last))
     t = trainer(tmp_path / "run", **ON)
     with RunDir(tmp_path / "run" / "s2r") as run:
         loop = start_arm_loop(t.config, t.prepare(), "s2r", "cpu", run)

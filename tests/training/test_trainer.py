@@ -725,7 +725,7 @@ def test_a_users_file_is_read_cloned_and_said_to_be_one(whole, tmp_path):
     DreamGymTrainer(config(**users_file(tmp_path, *one)), tmp_path / "one", lines.append).prepare(dream=False)
     assert "cloning epoch 1: no task is held out" in lines and "inf" not in " ".join(lines)
     assert (
-        trainer_module.cloning_line(0, float("nan")) == "cloning epoch 1: loss nan"
+        trainer_module.prep.cloning_line(0, float("nan")) == "cloning epoch 1: loss nan"
     )  # diverged, which is another thing
     offline = users_file(tmp_path, *[row | {"task_id": ""} for row in rows])
     trainer(tmp_path / "sft", **offline, rl__algorithm="sft").prepare(dream=False)  # plays none of the tasks

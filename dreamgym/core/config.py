@@ -329,6 +329,7 @@ class EnvironmentConfig(Section):
     judge_llm: str = Field("", description="judge of natural-language assertions, in the same form [ours]")
     browser: str | None = Field(None, description="Chromium for web tasks, path or name; null: look for one [ours]")
     browsers: int = Field(2, gt=0, description="browsers that run at a time (processes) [ours]")
+    browser_seconds: float | None = Field(None, gt=0, description="longest wait for an action; null: 20 (s) [ours]")
     num_train_worlds: int = Field(600, gt=0, description="training worlds in the offline data (worlds) [ours]")
     eval_split: str = Field("unseen", description="split of the closing table [ours]")
 

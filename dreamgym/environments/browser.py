@@ -135,9 +135,9 @@ class BrowserProcess:
         while b"\n" not in self._unread:
             part = read_some(self._process, deadline - time.monotonic()) if self.alive else b""
             if not part:
-                gone = "the browser is gone" if part == b"" else f"no answer within {seconds:g} s"
                 self.kill()
-                raise EnvironmentFailure(gone)
+                late = f"no answer within {seconds:g} s (environment.browser_seconds)"
+                raise EnvironmentFailure("the browser is gone" if part == b"" else late)
             self._unread += part
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
@@ -187,13 +187,15 @@ class BrowserPool:
 # %% ../../nbs/environments/15d_browser.ipynb #bd9ef158
 def open_pool(
     named: str | None = None,  # Chromium; None: look for one
+    seconds: float | None = None,  # longest wait for an action, three times that for a first page; None: 20
     python: str = sys.executable,  # of the workers
     variables: Mapping[str, str] = {},  # of their environment
 ) -> BrowserPool:
     """A pool without a worker yet. Raises MissingExtra or EnvironmentFailure, with the command that helps."""
     if python == sys.executable:
         require_browsergym()
-    return BrowserPool(BrowserSettings(find_chromium(named), python, variables=variables))
+    waits = {"reset_seconds": 3 * seconds, "step_seconds": seconds} if seconds else {}
+    return BrowserPool(BrowserSettings(find_chromium(named), python, variables=variables, **waits))
 
 # %% ../../nbs/environments/15d_browser.ipynb #29c09c11
 @dataclass(slots=True)

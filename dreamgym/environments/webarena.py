@@ -197,7 +197,8 @@ def web_environment(
 ) -> Environment:
     """Tasks in browsers. Raises MissingExtra or EnvironmentFailure, with the command that helps."""
     official = name in OFFICIAL
-    pool = open_pool(config.browser, official_python(), official_variables()) if official else open_pool(config.browser)
+    worker = (official_python(), official_variables()) if official else (sys.executable, {})
+    pool = open_pool(config.browser, config.browser_seconds, *worker)
     mapper = WebMapper() if config.mapper else PageMapper()
     limit, most = config.max_episode_steps or turns, config.browsers
     play = WebPlay(pool, worker_request, mapper, limit)

@@ -556,7 +556,7 @@ def first_texts(
 
 # %% ../../nbs/training/35a_preparation.ipynb #9d057f3b
 AFTERWARDS = {  # settings that matter only when the models are there
-    "environment": "eval_split browser browsers",
+    "environment": "eval_split browser browsers browser_seconds",
     "policy_model": "lora_rank gradient_checkpointing server",
     "buffer": "synthetic_ratio",
     "reasoning_model": "temperature max_new_tokens reply_tokens votes pessimism agreement verify redraws "

@@ -327,6 +327,14 @@ def test_official_workers_are_told_of_all_seven_addresses(one_site, monkeypatch)
     assert python == "/arena/bin/python" and "WA_MAP" not in embedded
 
 
+def test_slow_sites_may_take_longer(one_site):
+    """Null: twenty seconds for an action; a first page has three times as long."""
+    for seconds, waits in ((None, (60.0, 20.0)), (45.0, (135.0, 45.0))):
+        env = webarena.build(one_site.model_copy(update={"browser_seconds": seconds}))
+        settings = env.make(1)._play.pool.settings
+        assert (settings.reset_seconds, settings.step_seconds) == waits
+
+
 def test_a_run_on_embedded_sites_is_not_continued_on_official_ones(one_site, monkeypatch, tmp_path):
     from dreamgym.core.config import load_config
 

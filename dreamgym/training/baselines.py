@@ -113,14 +113,13 @@ def clone(
 ) -> CloningReport:
     """Behaviour cloning with early stopping on validation loss. Raises DataError where it diverges at once, or unseen."""
     per_epoch = max(1, len(train) // config.bc_batch_size)
-    steps = per_epoch * config.bc_epochs
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.bc_lr, betas=(0.9, 0.98), weight_decay=0.05)
     batches = endless_batches([len(p) + len(r) for p, r in train], config.bc_batch_size, seed)
     losses, seen, best, kept = list[float](), 0.0, 0, copy.deepcopy(policy.state_dict())
     for epoch in range(config.bc_epochs):
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config.bc_lr)
+                group["lr"] = learning_rate(step, per_epoch * config.bc_epochs, config.bc_lr)
             seen = supervised_step(policy, optimizer, [train[i] for i in next(batches)])
         losses.append(validation_loss(policy, validation))
         if on_epoch:
@@ -129,8 +128,9 @@ def clone(
         if judged < limit:  # nothing held out: the last is kept
             best, kept = epoch, copy.deepcopy(policy.state_dict())
         elif not validation or not math.isfinite(losses[best]):
-            said = f"cloning diverged in epoch {epoch + 1}: loss {judged}"
-            raise DataError(f"{said}; lower policy_model.bc_lr={config.bc_lr:g}")
+            raise DataError(
+                f"cloning diverged in epoch {epoch + 1}: loss {judged}; lower policy_model.bc_lr={config.bc_lr:g}"
+            )
         elif epoch - best > config.bc_patience:
             break
     policy.load_state_dict(kept)

@@ -128,9 +128,8 @@ def clone(
         if judged < limit:  # nothing held out: the last is kept
             best, kept = epoch, copy.deepcopy(policy.state_dict())
         elif not validation or not math.isfinite(losses[best]):
-            raise DataError(
-                f"cloning diverged in epoch {epoch + 1}: loss {judged}; lower policy_model.bc_lr={config.bc_lr:g}"
-            )
+            said = f"cloning diverged in epoch {epoch + 1}: loss {judged}"
+            raise DataError(f"{said}; lower policy_model.bc_lr={config.bc_lr:g}")
         elif epoch - best > config.bc_patience:
             break
     policy.load_state_dict(kept)

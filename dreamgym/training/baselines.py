@@ -111,7 +111,7 @@ def clone(
     seed: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,  # told the epoch and its validation loss
 ) -> CloningReport:
-    """Behaviour cloning with early stopping on validation loss. Raises DataError where it diverges at once, or unseen."""
+    """Behaviour cloning with early stopping on validation loss. Raises DataError where it diverges."""
     per_epoch = max(1, len(train) // config.bc_batch_size)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.bc_lr, betas=(0.9, 0.98), weight_decay=0.05)
     batches = endless_batches([len(p) + len(r) for p, r in train], config.bc_batch_size, seed)

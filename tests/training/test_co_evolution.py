@@ -41,7 +41,7 @@ def digests(folder):
 
 
 def equal(a, b):
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in b)
+    return set(a) == set(b) and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in b)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Rollout and update in bfloat16 on a CPU, and, where there is CUDA, the same and the whole trainer on a GPU."""
+"""Rollout, updates and the whole trainer on a CPU and on a GPU; where there is none, one is pretended."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from pretended_gpu import pretended_gpu
 from rl_toys import new_policy
 from test_trainer import metrics, trainer, weights
 
@@ -23,9 +24,19 @@ from dreamgym.training.ppo import PPOSettings, make_batch, ppo_update
 from dreamgym.training.rollout import RolloutConfig, rollout
 from dreamgym.training.scale import check_device, make_accelerator
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, cuda])
 TASKS = [Task(f"t{i}", str(2 + i), seed=i) for i in range(4)] * 2
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    with nullcontext() if request.param == "cpu" or torch.cuda.is_available() else pretended_gpu():
+        yield request.param
+
+
+@pytest.fixture
+def gpu():
+    with nullcontext() if torch.cuda.is_available() else pretended_gpu():
+        yield
 
 
 def play(policy, generator=None):
@@ -42,7 +53,6 @@ def talkative(device, family):
 
 
 @pytest.mark.parametrize("family", ["SmallLM", "Llama"])
-@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_rollout_and_updates(device, family, precision):
     policy = talkative(device, family)
@@ -61,10 +71,8 @@ def test_rollout_and_updates(device, family, precision):
     assert any(not torch.equal(start[name], tensor) for name, tensor in policy.state_dict().items())
 
 
-@pytest.mark.gpu
-@cuda
 @pytest.mark.parametrize("family", ["SmallLM", "Llama"])
-def test_a_gpu_says_what_the_cpu_says(family):
+def test_a_gpu_says_what_the_cpu_says(family, gpu):
     """Greedy, float32: the same tokens and log-probabilities; with and without the cache carried on."""
     policy = talkative("cpu", family)
     prompts = policy.codec.prompts(["door 1", "nothing here nothing here", "door 3"])
@@ -76,17 +84,36 @@ def test_a_gpu_says_what_the_cpu_says(family):
         assert a.ids == b.ids and torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
 
 
-@pytest.mark.gpu
-@cuda
-def test_the_trainer_on_a_gpu(tmp_path):
+def test_the_trainer_on_a_gpu(tmp_path, gpu):
     """bfloat16 by default; its checkpoints are read on a CPU and hold the GPU's random state."""
-    t = trainer(tmp_path, training__num_iterations=2)
+    t = trainer(tmp_path, training__num_iterations=1)
     assert t.device.startswith("cuda") and t.accelerator.mixed_precision == "bf16"
-    t.fit(t.prepare(), "dream")
+    ready = t.prepare()
+    assert {model.device.type for model in (ready.policy.model, ready.model.client.language_model.model)} == {"cuda"}
+    t.fit(ready, "dream")
     rows = metrics(tmp_path / "dream")
     assert rows[-1]["policy/updates"] > 0 and rows[-1]["policy/mismatch_max"] < 0.3
     assert {tensor.device.type for tensor in weights(tmp_path / "dream").values()} == {"cpu"}
     assert any(name.startswith("cuda") for name in rng_tensors())
+
+
+def test_a_gpu_holds_what_it_is_given(gpu):
+    """Also where it is pretended: else the tests above could not fail."""
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    layer = torch.nn.Linear(3, 1).to("cuda")
+    layer(there * there[here > 0] + torch.tensor(1.0)).sum().backward()
+    assert {t.device.type for t in (there[None], there.double(), layer.weight, layer.weight.grad)} == {"cuda"}
+    assert {t.device.type for t in (here, there.cpu(), here + there.to("cpu"))} == {"cpu"}
+    with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
+        there.numpy()
+    for mixed in (
+        lambda: here + there,
+        lambda: here[there > 0],
+        lambda: layer(here),
+        lambda: torch.multinomial(there, 1, generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError):
+            mixed()
 
 
 def test_a_gpu_that_is_not_there_is_no_silent_cpu(monkeypatch):

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run offline, on one thread, and find their data through `test_data`."""
+"""Shared fixtures. Tests run offline, on one thread of the CPU, and find their data through `test_data`."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"})
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("DREAMGYM_TEST_GPU", "")  # what must be equal to the digit is so on a CPU
 
 import pytest  # noqa: E402
 

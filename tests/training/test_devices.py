@@ -1,4 +1,4 @@
-"""Rollout, updates and the whole trainer on a CPU and on a GPU; where there is none, one is pretended."""
+"""Rollout, updates and the whole trainer on a CPU and on a GPU, $DREAMGYM_TEST_GPU; without it one is pretended."""
 
 from __future__ import annotations
 

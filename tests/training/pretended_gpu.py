@@ -1,13 +1,14 @@
 """A GPU where there is none: tensors that say they are on `cuda:0`, computed on the CPU.
 
 As on a GPU, these are errors: tensors of two devices in one call, a random generator of the other device, `numpy()` of what is
-on the GPU. Kernels, memory and reduced precision are not tested by it.
+on the GPU. What is cast to bfloat16 there is cast here. Kernels and memory are not tested by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,13 @@ class PretendedGenerator(torch._C.Generator):
         made = super().__new__(cls, "cpu")
         made.on_gpu = torch.device(device).type == "cuda"
         return made
+
+
+class PretendedAutocast(torch.autocast):
+    """Multiplies in what the GPU would multiply in."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(device_type.replace("cuda", "cpu"), *args, **kwargs)
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -129,6 +137,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     state = torch.zeros(16, dtype=torch.uint8)
     found: dict[str, Any] = dict(is_available=True, is_initialized=True, device_count=1, current_device=0)
     found |= dict(is_bf16_supported=True, get_rng_state=state, get_rng_state_all=[state], get_device_capability=(8, 0))
+    found["get_device_properties"] = SimpleNamespace(major=8, minor=0, total_memory=2**34, name="pretended")
     silent = (
         "_lazy_init",
         "set_device",
@@ -139,6 +148,6 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         "manual_seed",
     )
     fakes = {name: mock.Mock(return_value=found.get(name)) for name in (*found, *silent)}
-    with mock.patch.multiple(torch.cuda, **fakes), mock.patch.object(torch, "Generator", PretendedGenerator):
-        with PretendedGPU() as mode:
-            yield mode
+    types = {"Generator": PretendedGenerator, "autocast": PretendedAutocast}
+    with mock.patch.multiple(torch.cuda, **fakes), mock.patch.multiple(torch, **types), PretendedGPU() as mode:
+        yield mode

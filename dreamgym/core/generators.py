@@ -256,10 +256,10 @@ def decode(
         token, tokens_logprob = sample_token(state.logits, sampling.temperature, uniform[rows, t])
         tokens[rows, t], logprobs[rows, t] = token, tokens_logprob
         alive = alive & ~torch.isin(token, ends)
-        if t + 1 == count or not alive.any():
+        going = alive.nonzero()[:, 0]
+        if t + 1 == count or not len(going):
             break
-        if not keep and alive.float().mean() <= 0.5:  # rows that ended are only dropped when it pays
-            going = alive.nonzero()[:, 0]
+        if not keep and 2 * len(going) <= len(alive):  # rows that ended are only dropped when it pays
             state.select(going)
             rows, token, alive = rows[going], token[going], alive[going]
         state.read(token[:, None], (alive if keep else torch.ones_like(alive))[:, None])

@@ -86,7 +86,8 @@ def test_a_gpu_says_what_the_cpu_says(family, gpu):
 
 def test_the_trainer_on_a_gpu(tmp_path, gpu):
     """bfloat16 by default; its checkpoints are read on a CPU and hold the GPU's random state."""
-    t = trainer(tmp_path, training__num_iterations=1)
+    more = {"reasoning_model__votes": 3, "reasoning_model__refresh_every": 1, "reasoning_model__refresh_steps": 2}
+    t = trainer(tmp_path, training__num_iterations=1, **more)
     assert t.device.startswith("cuda") and t.accelerator.mixed_precision == "bf16"
     ready = t.prepare()
     assert {model.device.type for model in (ready.policy.model, ready.model.client.language_model.model)} == {"cuda"}

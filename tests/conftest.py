@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"})
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("DREAMGYM_TEST_GPU", "")  # what must be equal to the digit is so on a CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("DREAMGYM_TEST_GPU", "")  # equal to the digit holds on a CPU
 
 import pytest  # noqa: E402
 

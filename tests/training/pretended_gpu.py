@@ -76,14 +76,10 @@ class PretendedGPU(TorchFunctionMode):
 
     def to(self, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         said = [*args, kwargs.get("device"), kwargs.get("dtype")]
-        like = [
-            part
-            for other in args
-            if isinstance(other, Tensor)
-            for part in (GPU if self.on_gpu(other) else CPU, other.dtype)
-        ]
-        devices = [part for part in said + like if isinstance(part, (str, torch.device))]
-        dtypes = [part for part in said + like if isinstance(part, torch.dtype)]
+        for other in filter(torch.is_tensor, args):
+            said += [GPU if self.on_gpu(other) else CPU, other.dtype]
+        devices = [part for part in said if isinstance(part, (str, torch.device))]
+        dtypes = [part for part in said if isinstance(part, torch.dtype)]
         if devices and torch.device(devices[0]).type not in ("cpu", "cuda"):
             return t.to(*args, **kwargs)
         gpu, cast = self.on_gpu(t), t.to(dtypes[0] if dtypes else t.dtype, copy=kwargs.get("copy", False))
@@ -121,11 +117,8 @@ class PretendedGPU(TorchFunctionMode):
         if func in FREE or not any(map(self.on_gpu, tensors)):
             return
         if func in (Tensor.__getitem__, Tensor.__setitem__) and self.on_gpu(args[0]):
-            tensors = (
-                [t for t in args[2:] if isinstance(t, Tensor)]
-                if any(map(torch.is_tensor, tree_leaves(args[1])))
-                else []
-            )
+            picks = any(map(torch.is_tensor, tree_leaves(args[1])))
+            tensors = [t for t in args[2:] if picks and torch.is_tensor(t)]
         apart = [tuple(t.shape) for t in tensors if t.dim() and not self.on_gpu(t)]
         if apart:
             raise RuntimeError(f"{func.__name__}: expected all tensors on cuda:0, found {apart} on the CPU")
@@ -138,15 +131,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     found: dict[str, Any] = dict(is_available=True, is_initialized=True, device_count=1, current_device=0)
     found |= dict(is_bf16_supported=True, get_rng_state=state, get_rng_state_all=[state], get_device_capability=(8, 0))
     found["get_device_properties"] = SimpleNamespace(major=8, minor=0, total_memory=2**34, name="pretended")
-    silent = (
-        "_lazy_init",
-        "set_device",
-        "empty_cache",
-        "synchronize",
-        "set_rng_state",
-        "manual_seed_all",
-        "manual_seed",
-    )
+    silent = "_lazy_init set_device empty_cache synchronize set_rng_state manual_seed manual_seed_all".split()
     fakes = {name: mock.Mock(return_value=found.get(name)) for name in (*found, *silent)}
     types = {"Generator": PretendedGenerator, "autocast": PretendedAutocast}
     with mock.patch.multiple(torch.cuda, **fakes), mock.patch.multiple(torch, **types), PretendedGPU() as mode:

@@ -155,6 +155,7 @@ class PolicyModelConfig(Section):
     )
     context_length: int = Field(512, gt=0, description="longest prompt with response (tokens) [ours]")
     max_new_tokens: int = Field(16, gt=0, description="longest response (tokens) [ours]")
+    prompted: bool | None = Field(None, description="told what to do; null: if it is named and not cloned [paper]")
     pretrain_steps: int | None = Field(
         None, gt=0, description="updates on what actions do, before cloning; null: none [ours]"
     )

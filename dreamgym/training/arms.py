@@ -164,7 +164,8 @@ def load_arm(
     optimizer: bool = True,  # optimiser and critic too
 ) -> dict[str, torch.Tensor]:  # state of the optimiser, which is restored after wrapping
     """Weights, random generators, curriculum and counters of a checkpoint."""
-    saved, folder = load_policy(manifest, loop.device), manifest.parent / facts["folder"]
+    mapper = loop.ready.env.mapper
+    saved, folder = load_policy(manifest, loop.device, mapper), manifest.parent / facts["folder"]
     if lora_layers(loop.policy):
         loop.policy.model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
     else:
@@ -539,4 +540,5 @@ def best_policy(
     if loop.arm == "s2r" and number == loop.config.training.num_iterations:  # its start
         folder, last = finished_dream(loop.run.path.parent, loop.config)
         number = last["best"]["iteration"]
-    return load_policy(folder / manifest_name(number), loop.device) if number else loop.ready.policy
+    manifest, mapper = folder / manifest_name(number), loop.ready.env.mapper
+    return load_policy(manifest, loop.device, mapper) if number else loop.ready.policy

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, DataError
 from ..core.language_model import LanguageModel, load_language_model
+from ..environments.base_env import StateMapper
 from ..utils.tracking import sync_folder, write_json
 from .policy import Policy, TurnCodec
 from .scale import lora_tensors, merged, restore_zero, spread_like, whole_state, zero_optimizer
@@ -129,7 +130,8 @@ def codec_facts(
     codec: TurnCodec,
 ) -> dict[str, Any]:
     """What a policy is shown and how it answers."""
-    return {"context": codec.context, "history": codec.history, "response_format": codec.response_format}
+    asked = {"context": codec.context, "history": codec.history, "response_format": codec.response_format}
+    return asked | {"prompted": codec.mapper is not None}
 
 # %% ../../nbs/training/35b_checkpoints.ipynb #596572f8
 def manifest_name(iteration: int) -> str:
@@ -178,16 +180,23 @@ def read_manifest(
 def load_policy(
     manifest: str | Path,
     device: str = "cpu",
+    mapper: StateMapper | None = None,  # of the environment; needed by a policy that is told what to do
 ) -> Policy:
-    """The policy of a verified checkpoint."""
+    """The policy of a verified checkpoint. Raises DataError where it cannot be told what it was told in training."""
     facts = read_manifest(manifest)
-    folder = Path(manifest).parent / facts["folder"]
+    folder, asked = Path(manifest).parent / facts["folder"], dict(facts.get("codec", {}))
+    prompted = asked.pop("prompted", False)
+    if prompted and mapper is None:
+        raise DataError(
+            f"checkpoint {str(manifest)!r}: its policy is shown possible actions; give the environment's mapper"
+        )
     language_model = load_language_model(folder, device=device)
-    policy = Policy(language_model, TurnCodec(language_model.tokenizer, **facts.get("codec", {})))
+    codec = TurnCodec(language_model.tokenizer, **asked, mapper=mapper if prompted else None)
+    policy = Policy(language_model, codec)
     policy.value.load_state_dict(load_file(folder / "value_head.safetensors"))
     return policy.to(device).eval()
 
-
+# %% ../../nbs/training/35b_checkpoints.ipynb #5bdb71ea
 def iteration_of(manifest: Path) -> int:
     """Number in a manifest's name."""
     return int(manifest.stem.rpartition("_")[2])

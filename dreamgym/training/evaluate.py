@@ -74,8 +74,8 @@ def evaluate(
 
     facts = read_manifest(arguments.checkpoint)
     config = settings(arguments, facts)
-    policy = load_policy(arguments.checkpoint, check_device(config.training.device))
     env = make_environment(config.environment.name, config.environment)
+    policy = load_policy(arguments.checkpoint, check_device(config.training.device), env.mapper)
     if facts.get("data", env.digest) != env.digest:
         log.warning("%s: the policy was trained on other data than are found here", arguments.checkpoint)
     split = arguments.split or config.environment.eval_split

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/30_policy.ipynb #129bf6db
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.config import PolicyModelConfig, RLConfig
+from ..core.config import Config, PolicyModelConfig, RLConfig
 from ..core.data_structures import Turn
 from ..core.errors import ConfigError, DataError
 from ..core.language_model import LanguageModel, PromptEncoder, Rows, predicting_states
+from ..environments.base_env import StateMapper
+
+log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'Parsed', 'one_line', 'parse_thinking', 'extended', 'TurnCodec', 'next_prompt',
-           'append_only_rows', 'demonstrated_turns', 'make_codec', 'TokenScores', 'Policy', 'make_optimizer',
-           'set_rate']
+__all__ = ['log', 'OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'ROLE', 'ANSWERS', 'Parsed', 'one_line', 'parse_thinking', 'agent_role',
+           'agent_message', 'is_prompted', 'is_cloned', 'check_prompted', 'check_rates', 'extended', 'TurnCodec',
+           'next_prompt', 'append_only_rows', 'demonstrated_turns', 'make_codec', 'TokenScores', 'Policy',
+           'make_optimizer', 'set_rate']
 
 # %% ../../nbs/training/30_policy.ipynb #e28e72d8
 @dataclass(frozen=True)
@@ -70,6 +75,81 @@ def parse_thinking(
         problem = "the action is empty"
     return Parsed(one_line(text), "" if problem else actions[0], problem)
 
+# %% ../../nbs/training/30_policy.ipynb #e2c7c93a
+ROLE = """\
+You are an agent that does a task, one action at a time. Each message shows the state: the task, what is known so far,
+and what the last action did. Choose the action that brings the task nearer to its end; one that has just failed will
+fail again.
+"""
+ANSWERS = {
+    "plain": "Answer with one action and nothing else.",
+    "think": "Answer with <think>your reasons</think><action>one action</action>.",
+}
+
+
+def agent_role(
+    response_format: str,  # 'plain' or 'think'
+    mapper: StateMapper | None,  # None: nothing is told
+) -> str:  # empty: none
+    """The system message of an agent that was never cloned."""
+    return ROLE + ANSWERS[response_format] if mapper else ""
+
+
+def agent_message(
+    state: str,
+    mapper: StateMapper | None,  # None: the state is all
+) -> str:
+    """A state, and the actions that are possible in it as far as the mapper can list them."""
+    actions = mapper.admissible_actions(state) if mapper else None
+    return "\n".join([state, "", "Possible actions:", *actions]) if actions else state
+
+# %% ../../nbs/training/30_policy.ipynb #9ff0be1b
+def is_prompted(
+    config: PolicyModelConfig,
+) -> bool:
+    """Whether the policy is told what to do."""
+    named = config.name != "scratch"
+    return named and not config.bc_demonstrations if config.prompted is None else config.prompted
+
+
+def is_cloned(config: Config) -> bool:
+    """Whether there are demonstrations."""
+    return bool(config.policy_model.bc_demonstrations and config.environment.offline_data)
+
+
+def check_prompted(
+    config: Config,
+) -> None:
+    """Raises ConfigError where a model from scratch is told what to do; warns of a named one that never learns it."""
+    section = config.policy_model
+    if section.prompted and section.name == "scratch":
+        raise ConfigError(
+            "policy_model.prompted: true, but a model from scratch knows no words; expected policy_model.name to be a "
+            "language model that follows instructions: name one, or set prompted to null"
+        )
+    if section.name != "scratch" and not is_cloned(config) and not is_prompted(section):
+        log.warning("%s is neither cloned nor told what to do; set policy_model.prompted to true", section.name)
+
+# %% ../../nbs/training/30_policy.ipynb #91951e4d
+def check_rates(
+    config: Config,
+) -> None:
+    """Warns of learning rates at which a pretrained language model forgets what it knows."""
+    dreamer, policy, rl = config.reasoning_model, config.policy_model, config.rl
+    named, offline = policy.name != "scratch", rl.algorithm in ("sft", "dpo")
+    rates = {  # now, usual, whether a pretrained model is trained at it
+        "reasoning_model.lr": (dreamer.lr, 1e-5, dreamer.name != "scratch" and not dreamer.instructed),
+        "policy_model.bc_lr": (policy.bc_lr, 1e-5, named and is_cloned(config)),
+        "rl.lr": (rl.lr, 1e-6, named and not offline),
+        "rl.value_lr": (rl.value_lr, 1e-5, named and rl.algorithm == "ppo"),
+        "rl.dpo_lr": (rl.dpo_lr, 1e-6, named and rl.algorithm == "dpo"),
+    }
+    high = [f"{key}={usual:g} (now {now:g})" for key, (now, usual, used) in rates.items() if used and now > 50 * usual]
+    if high:
+        log.warning(
+            "a pretrained model is trained at rates of small models from scratch; usual are %s", ", ".join(high)
+        )
+
 # %% ../../nbs/training/30_policy.ipynb #f2eddf78
 def extended(
     prompt: Sequence[int],
@@ -86,19 +166,19 @@ class TurnCodec:
     def __init__(
         self,
         tokenizer: Any,
-        system: str = "",  # system message; empty: none
         context: str = "state",  # 'state', 'history' or 'conversation'
         history: int = 2,  # turns that the context 'history' shows
         response_format: str = "plain",  # 'plain' or 'think'
+        mapper: StateMapper | None = None,  # lists possible actions; None: the policy is not told what to do
     ):
-        self.tokenizer, self.encoder = tokenizer, PromptEncoder(tokenizer, system)
-        self.context, self.history, self.response_format = context, history, response_format
+        self.tokenizer, self.encoder = tokenizer, PromptEncoder(tokenizer, agent_role(response_format, mapper))
+        self.mapper, self.context, self.history, self.response_format = mapper, context, history, response_format
         if context != "state":
             self.encoder.follow_ups([])  # the chat template must be able to go on
 
     def prompts(self, states: Sequence[str]) -> list[list[int]]:
         """Prompt ids of each state as the first of its episode."""
-        return self.encoder(states)
+        return self.encoder([agent_message(state, self.mapper) for state in states])
 
     def next_prompts(self, episodes: Sequence[tuple[Sequence[Turn], str]]) -> list[list[int]]:
         """Prompt ids of the next turn of each episode, given its turns so far and its state now."""
@@ -128,10 +208,11 @@ def next_prompt(
 ) -> list[int]:
     """Prompt ids of the next turn."""
     if codec.context == "conversation" and turns:
-        return extended(turns[-1].prompt_ids, turns[-1].response_ids, codec.encoder.follow_ups([state])[0])
+        (suffix,) = codec.encoder.follow_ups([agent_message(state, codec.mapper)])
+        return extended(turns[-1].prompt_ids, turns[-1].response_ids, suffix)
     shown = list(turns)[max(len(turns) - codec.history, 0) :] if codec.context == "history" else []
-    first, *later = [*(turn.state for turn in shown), state]
-    (prompt,) = codec.prompts([first])
+    first, *later = [*(turn.state for turn in shown), agent_message(state, codec.mapper)]
+    (prompt,) = codec.encoder([first])
     for turn, suffix in zip(shown, codec.encoder.follow_ups(later), strict=True):
         prompt = extended(prompt, turn.response_ids, suffix)
     return prompt
@@ -167,10 +248,12 @@ def demonstrated_turns(
 def make_codec(
     tokenizer: Any,
     config: PolicyModelConfig,
+    mapper: StateMapper | None = None,  # of the environment; for a policy that is told what to do
 ) -> TurnCodec:
     """The codec that a configuration asks for. Raises ConfigError if the chat template cannot serve its context."""
+    shown = mapper if is_prompted(config) else None
     try:
-        return TurnCodec(tokenizer, "", config.context, config.history, config.response_format)
+        return TurnCodec(tokenizer, config.context, config.history, config.response_format, shown)
     except DataError as error:
         raise ConfigError(f"policy_model.context: {config.context}: {error}") from None
 

@@ -179,10 +179,11 @@ def make_policy(
     texts: Iterable[str],  # of the environment; used for models from scratch only
     seed: int,
     device: str = "cpu",
+    mapper: StateMapper | None = None,  # of the environment
 ) -> Policy:
     """A policy that has learned nothing yet, with the codec that its section asks for."""
     language_model = make_language_model(section, {*texts} | agent_texts(section), seed, device)
-    return Policy(language_model, make_codec(language_model.tokenizer, section)).to(device)
+    return Policy(language_model, make_codec(language_model.tokenizer, section, mapper)).to(device)
 
 # %% ../../nbs/training/35a_preparation.ipynb #28d2274e
 def pretrain_policy(
@@ -412,7 +413,7 @@ def check_served(
             raise ConfigError(
                 f"{name} needs a language model that follows instructions, and the experience model is "
                 f"reasoning_model.name={section.name!r} of this process; set reasoning_model.provider to 'openai' or "
-                "'anthropic', with name and base_url, or leave it at its default"
+                "'anthropic', with name and base_url, or name a model and set reasoning_model.prompted to true"
             )
 
 # %% ../../nbs/training/35a_preparation.ipynb #7ec0a3fe

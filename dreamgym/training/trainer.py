@@ -39,7 +39,7 @@ from .arms import run_iteration, start_arm_loop
 from .checkpoints import load_policy, manifest_name, newest_checkpoint, save_checkpoint
 from .fine_tuning import fine_tune
 from .play import dreamable, evaluate_policy
-from .policy import Policy
+from .policy import Policy, check_prompted, check_rates
 from .scale import device_of, is_main, make_accelerator
 from .trl_baselines import dpo_agent, dpo_pairs, sft_agent
 
@@ -62,7 +62,7 @@ def read_prepared(
     """Data, buffer and cloned policy of an earlier run of the same command."""
     counts = json.loads((home / "counts.json").read_text(encoding="utf-8"))
     buffer = ExperienceReplayBuffer(trainer.config.buffer, home / "experience.db", dedup=False)
-    policy = load_policy(home / manifest_name(0), trainer.device)
+    policy = load_policy(home / manifest_name(0), trainer.device, trainer.env.mapper)
     trainer.say(f"read back {counts['offline'] + counts['cloned']:,} real transitions and the policy")
     if (home / "first_states.json").is_file():
         states = json.loads((home / "first_states.json").read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def make_prepared(
     if not data:
         return make_synthetic(trainer, home, tasks)
     texts = prep.environment_texts(data, env)
-    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
+    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device, env.mapper)
     losses = RunningLoss(say, config.policy_model.pretrain_steps or 0, "pretraining")
     prep.pretrain_policy(policy, data, env, config, losses)
     report = prep.clone_policy(policy, data, config, lambda i, loss: say(prep.cloning_line(i, loss)))
@@ -153,7 +153,7 @@ def make_synthetic(
     config, env = trainer.config, trainer.env
     begun = dreamable(env, tasks)
     texts = prep.first_texts(begun, env)
-    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device)
+    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device, env.mapper)
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
     save_checkpoint(home, 0, policy, None, {"stage": "new"})
     write_json(home / "first_states.json", {task.id: task.initial_state for task in begun})
@@ -265,8 +265,9 @@ def offline_agent(
         say(f"DPO on {len(pairs):,} pairs of actions")
         return dpo_agent(policy, pairs, config.rl.dpo_beta, lr=config.rl.dpo_lr, seed=seed, on_log=told), last
     recorded = [e for e in rows if e.policy != "cloned"]
-    policy = prep.make_policy(section, prep.environment_texts(recorded, ready.env), seed, device)
-    prep.pretrain_policy(policy, recorded, ready.env, config)
+    texts, env = prep.environment_texts(recorded, ready.env), ready.env
+    policy = prep.make_policy(section, texts, seed, device, env.mapper)
+    prep.pretrain_policy(policy, recorded, env, config)
     examples, _ = prep.cloning_examples(policy, recorded, section)
     say(f"SFT on {len(examples):,} demonstrated actions")
     asked: dict[str, Any] = {
@@ -289,7 +290,7 @@ def fit_offline(
     config, start, found = trainer.config, time.monotonic(), newest_checkpoint(run.path / "checkpoints")
     if found:
         tell(found[1]["row"])
-        return load_policy(found[0], trainer.device)
+        return load_policy(found[0], trainer.device, trainer.env.mapper)
     check_alone(trainer, f"rl.algorithm: {arm} trains")
     policy, metrics = offline_agent(ready, config, trainer.device, trainer.say)
     tasks = trainer.env.tasks("valid")[: config.training.validation_episodes]
@@ -511,6 +512,8 @@ def check_settings(config: Config) -> None:
     prep.check_served(config.reasoning_model, config.environment.offline_data)
     prep.check_refresh(config)
     prep.check_heads(config)
+    check_prompted(config)
+    check_rates(config)
     prep.check_algorithm(config)
 
 

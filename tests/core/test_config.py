@@ -27,6 +27,7 @@ from dreamgym.core.config import (
 )
 from dreamgym.core.errors import ConfigError
 from dreamgym.core.served import served_client
+from dreamgym.training.policy import is_prompted
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -95,12 +96,16 @@ def test_the_readme_names_keys_that_exist():
 def test_the_readme_serves_a_model_of_ones_own():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for provider in ("openai", "anthropic"):
-        asked = re.findall(
-            r"reasoning_model\.(?!annotation)\w+=[^\s`]+", text[text.index("**Your own language model") :]
-        )
+        served = text[text.index("**Your own language model") : text.index("Without a server")]
+        asked = re.findall(r"reasoning_model\.(?!annotation)\w+=[^\s`]+", served)
         section = load_config(None, "alfworld", "cpu", [*asked, f"reasoning_model.provider={provider}"]).reasoning_model
         client = served_client(section.model_copy(update={"cache": None}))
         assert section.instructed and client.server.model == "NAME" and client.ledger.cost_limit == 5
+    told = re.findall(
+        r"(?:policy_model|rl)\.\w+=[^\s`]+", text[text.index("--preset gpu --set policy_model.name=FOLDER") :]
+    )
+    config = load_config(None, "alfworld", "gpu", told)
+    assert is_prompted(config.policy_model) and config.policy_model.response_format == "think" and config.rl.lr == 1e-6
 
 
 def test_five_files_and_three_presets():

@@ -5,12 +5,23 @@ from dataclasses import fields
 import pytest
 import torch
 
-from dreamgym.core.config import PolicyModelConfig
+from dreamgym.core.config import PolicyModelConfig, load_config
 from dreamgym.core.errors import ConfigError, DataError
 from dreamgym.core.generators import SamplingParams, TransformersGenerator
 from dreamgym.core.language_model import LanguageModel, build_model, make_rows, train_tokenizer
-from dreamgym.training.policy import Policy, TurnCodec, demonstrated_turns, make_codec, parse_thinking
+from dreamgym.environments.household_state import HouseholdMapper
+from dreamgym.training.policy import (
+    Policy,
+    TurnCodec,
+    agent_role,
+    check_prompted,
+    check_rates,
+    demonstrated_turns,
+    make_codec,
+    parse_thinking,
+)
 
+HOME = "task: put a mug in cabinet.\nat: nowhere\nhold: nothing\nunseen: cabinet 1, drawer 1\nlast: ok"
 STATES, ACTIONS = ["at: desk 1", "at: desk 2", "hold: mug 1"], ["go to desk 2", "take mug 1", "put mug 1"]
 
 
@@ -94,6 +105,59 @@ def test_demonstrations_are_what_the_template_makes(tokenizer, context):
         messages = [{"role": role, "content": text} for role, text in [*chat, ("user", STATES[number])]]
         whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert turn.prompt_ids == whole and codec.action(turn.response_ids) == ACTIONS[number]
+
+
+@pytest.mark.parametrize("form", ["plain", "think"])
+@pytest.mark.parametrize("context", ["state", "history", "conversation"])
+def test_what_a_policy_is_told(context, form):
+    """Its role in the system message; what is possible stands in the last message, and in a conversation in each."""
+    states = [HOME, HouseholdMapper().merge(HOME, "at: drawer 1\ndrawer 1: open, mug 1")]
+    told, actions = agent_role(form, HouseholdMapper()), ["go to drawer 1", "take mug 1 from drawer 1"]
+    tokenizer = train_tokenizer([*states, *actions, told, "Possible actions: close <think></think><action></action>"])
+    codec = TurnCodec(tokenizer, context, response_format=form, mapper=HouseholdMapper())
+    first, second = demonstrated_turns(codec, states, actions)
+    shown = [
+        f"{state}\n\nPossible actions:\n" + "\n".join(HouseholdMapper().admissible_actions(state)) for state in states
+    ]
+    assert actions[0] in shown[0] and actions[1] in shown[1] and actions[1] not in shown[0]
+    said = tokenizer.decode(codec.response(actions[0])[:-1])
+    before = {"state": [], "history": [states[0], said], "conversation": [shown[0], said]}[context]
+    for turn, texts in ((first, shown[:1]), (second, [*before, shown[1]])):
+        roles = ["system", *["user", "assistant"] * 2]
+        chat = [{"role": role, "content": text} for role, text in zip(roles, [told, *texts], strict=False)]
+        assert turn.prompt_ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+
+
+def test_who_is_told(tokenizer, caplog):
+    named, mapper = {"name": "some/model"}, HouseholdMapper()
+    assert make_codec(tokenizer, PolicyModelConfig(**named, bc_demonstrations=0), mapper).mapper is mapper
+    for cloned in ({}, named, {"bc_demonstrations": 0}):
+        assert make_codec(tokenizer, PolicyModelConfig(**cloned), mapper).mapper is None
+    told, alone = {"policy_model.prompted": True}, {"policy_model.name": "some/model", "environment.offline_data": None}
+    for fine in ({"policy_model.name": "some/model"}, alone | told, alone | {"policy_model.bc_demonstrations": 0}):
+        check_prompted(load_config(overrides=fine))
+    assert not caplog.text
+    check_prompted(load_config(overrides=alone))
+    assert "some/model is neither cloned nor told what to do; set policy_model.prompted to true" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "warned"),
+    [
+        ({}, ()),
+        ({"policy_model.name": "some/model"}, ("policy_model.bc_lr", "rl.lr", "rl.value_lr")),
+        ({"policy_model.name": "some/model", "policy_model.bc_demonstrations": 0}, ("rl.lr", "rl.value_lr")),
+        ({"policy_model.name": "some/model", "policy_model.bc_lr": 2e-5, "rl.lr": 1e-6, "rl.value_lr": 1e-5}, ()),
+        ({"policy_model.name": "some/model", "rl.algorithm": "dpo"}, ("policy_model.bc_lr", "rl.dpo_lr")),
+        ({"policy_model.name": "some/model", "rl.algorithm": "grpo"}, ("policy_model.bc_lr", "rl.lr")),
+        ({"reasoning_model.name": "some/model"}, ("reasoning_model.lr",)),
+        ({"reasoning_model.name": "some/model", "reasoning_model.prompted": True}, ()),
+        ({"reasoning_model.name": "some/model", "reasoning_model.provider": "openai"}, ()),
+    ],
+)
+def test_rates_that_ruin_a_pretrained_model(asked, warned, caplog):
+    check_rates(load_config(overrides=asked))
+    assert tuple(part.split("=")[0] for part in caplog.text.partition("usual are ")[2].split(", ") if part) == warned
 
 
 def test_checklist_06_templates_must_only_append(tokenizer):

@@ -29,6 +29,7 @@ from dreamgym.training import trainer as trainer_module
 from dreamgym.training.arm_loop import finished
 from dreamgym.training.baselines import DEMONSTRATORS
 from dreamgym.training.checkpoints import load_policy, manifest_name, newest_checkpoint, prune_checkpoints
+from dreamgym.training.evaluate import main as evaluation
 from dreamgym.training.fine_tuning import own_copy
 from dreamgym.training.play import Evaluation
 from dreamgym.training.preparation import (
@@ -477,6 +478,27 @@ def test_other_contexts_end_to_end(change, tmp_path):
     assert metrics(tmp_path / "real")[-1]["policy/mismatch_max"] < 1e-4
     found = newest_checkpoint(tmp_path / "real" / "checkpoints")
     assert found is not None and load_policy(found[0]).codec.context == change["context"]
+
+
+def test_a_named_policy_that_is_told_what_to_do(whole, tmp_path):
+    """Without cloning: prompts list possible actions in the dream and in reality, and after a checkpoint again."""
+    tokenizer = load_policy(whole / "prepared" / "policy_iter_0000.json").tokenizer
+    LanguageModel(build_model(tokenizer, "Llama", 16, 1), tokenizer).save(tmp_path / "named")
+    asked = {"policy_model__name": str(tmp_path / "named"), "policy_model__bc_demonstrations": 0}
+    t = trainer(tmp_path, training__num_iterations=1, **asked)
+    ready = t.prepare()
+    t.fit(ready, "dream")
+    prompt = tokenizer.decode(ready.policy.codec.prompts([ready.tasks[0].initial_state])[0])
+    assert prompt.count("go to") > 5 and metrics(tmp_path / "dream")[-1]["policy/mismatch_max"] < 1e-4
+    manifest = newest_checkpoint(tmp_path / "dream" / "checkpoints")[0]
+    assert load_policy(manifest, "cpu", t.env.mapper).codec.mapper is t.env.mapper
+    with pytest.raises(DataError, match="shown possible actions; give the environment's mapper"):
+        load_policy(manifest)
+    t.fit(ready, "s2r")
+    options = ["--num-episodes", "2", "--temperature", "1"]
+    assert evaluation(["--checkpoint", str(manifest), "--env", "alfworld", *options]) == 0
+    with pytest.raises(ConfigError, match="a model from scratch knows no words"):
+        trainer(tmp_path / "scratch", policy_model__prompted=True)
 
 
 def test_thoughts_need_room(tmp_path):

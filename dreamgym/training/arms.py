@@ -46,9 +46,9 @@ from .scale import autocast, from_main, gather_weights, is_main, lora_layers, sh
 # %% auto #0
 __all__ = ['log', 'DREAMER', 'make_curriculum', 'task_writer', 'dreams_of_success', 'start_arm_loop', 'dreamer', 'wrap', 'begin',
            'cut_back', 'load_arm', 'continue_dream', 'finished_dream', 'due', 'run_iteration', 'play_iteration',
-           'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'warn_of_malformed', 'update_policy',
-           'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'recorded_dreams', 'measure_dream', 'too_optimistic',
-           'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
+           'sample_tasks', 'collect', 'refresh_dreamer', 'experience_counts', 'warn_of_malformed', 'warn_of_invalid',
+           'update_policy', 'kl_terms', 'learn_ppo', 'learn_in_groups', 'validate', 'recorded_dreams', 'measure_dream',
+           'too_optimistic', 'write_iteration', 'log_row', 'save_arm', 'save_stopped', 'best_policy']
 
 # %% ../../nbs/training/36b_arms.ipynb #185653a1
 log = logging.getLogger(__name__)
@@ -238,6 +238,7 @@ def run_iteration(
     row |= {f"rollout/{key}": value for key, value in metrics.items()} | loop.curriculum.metrics()
     row |= {f"dream/{key}": n - before.get(key, 0) for key, n in experience_counts(loop).items() if dreams}
     warn_of_malformed(row, dreams)
+    warn_of_invalid(row, trajectories)
     if dreams and due(loop, number) and is_main(loop.accelerator):
         measure_dream(loop, row, dreams)
     loop.whole, measured = False, time.monotonic()
@@ -336,6 +337,19 @@ def warn_of_malformed(
     errors = (turn.info.get("malformed", "") for dream in dreams for turn in dream.turns)
     first = next((error for error in errors if error and not error.startswith(REFUSED)), "in dreams that are not kept")
     log.warning("iteration %s: %s of %s predictions are malformed; the first: %s", row["iteration"], bad, asked, first)
+
+
+def warn_of_invalid(
+    row: dict[str, Any],  # metrics of an iteration
+    trajectories: Sequence[Trajectory],
+) -> None:
+    """Warns where nearly all of an iteration's actions had no effect, with the first such response."""
+    share, malformed = row["rollout/invalid_actions"], row.get("dream/malformed", 0)
+    if share <= 0.95 or 2 * malformed > row.get("dream/predictions", 0):
+        return
+    first = next(turn.response for t in trajectories for turn in t.turns if not turn.valid and t.aborted is None)
+    said = "%.0f %% of the policy's actions have no effect; the first response: %.80r; see policy_model.prompted and "
+    log.warning(f"iteration %s: {said}max_new_tokens", row["iteration"], 100 * share, first)
 
 # %% ../../nbs/training/36b_arms.ipynb #bca60079
 def update_policy(

@@ -480,7 +480,7 @@ def test_other_contexts_end_to_end(change, tmp_path):
     assert found is not None and load_policy(found[0]).codec.context == change["context"]
 
 
-def test_a_named_policy_that_is_told_what_to_do(whole, tmp_path):
+def test_a_named_policy_that_is_told_what_to_do(whole, tmp_path, caplog):
     """Without cloning: prompts list possible actions in the dream and in reality, and after a checkpoint again."""
     tokenizer = load_policy(whole / "prepared" / "policy_iter_0000.json").tokenizer
     LanguageModel(build_model(tokenizer, "Llama", 16, 1), tokenizer).save(tmp_path / "named")
@@ -494,7 +494,9 @@ def test_a_named_policy_that_is_told_what_to_do(whole, tmp_path):
     assert load_policy(manifest, "cpu", t.env.mapper).codec.mapper is t.env.mapper
     with pytest.raises(DataError, match="shown possible actions; give the environment's mapper"):
         load_policy(manifest)
+    caplog.clear()
     t.fit(ready, "s2r")
+    assert "% of the policy's actions have no effect; the first response: '" in caplog.text
     options = ["--num-episodes", "2", "--temperature", "1"]
     assert evaluation(["--checkpoint", str(manifest), "--env", "alfworld", *options]) == 0
     with pytest.raises(ConfigError, match="a model from scratch knows no words"):

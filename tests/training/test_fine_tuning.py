@@ -11,7 +11,7 @@ import torch
 from dreamgym.core.config import BufferConfig, EnvironmentConfig, ReasoningModelConfig
 from dreamgym.core.data_structures import Experience, Task
 from dreamgym.core.errors import ConfigError, DataError
-from dreamgym.core.language_model import LanguageModel, build_model, train_tokenizer
+from dreamgym.core.language_model import END, PAD, LanguageModel, build_model, train_tokenizer
 from dreamgym.environments.base_env import TranscriptMapper, make_environment
 from dreamgym.environments.offline import EXPERT, record
 from dreamgym.models.experience_sft import encode_examples, example_loss, split_experiences
@@ -42,8 +42,10 @@ def prompts_of(env, **config):
     return ExperiencePrompts(ReasoningModelConfig(**config), mapper=env.mapper)
 
 
-def test_trl_takes_the_loss_of_our_loop_on_the_same_rows(env, rows, small):
-    """One step of rate zero: TRL's training loss of a batch is `example_loss` of that batch."""
+@pytest.mark.parametrize("pad", [PAD, END])
+def test_trl_takes_the_loss_of_our_loop_on_the_same_rows(env, rows, small, pad):
+    """One step of rate zero: TRL's training loss of a batch is `example_loss` of that batch; many models pad by the end."""
+    small.tokenizer.pad_token = pad
     model, chosen = prompts_of(env), rows[:8]
     expected = example_loss(small.model, encode_examples(chosen, model, small.tokenizer)).item()
     section = ReasoningModelConfig(train_steps=1, batch_size=8, lr=1e-12)

@@ -220,7 +220,7 @@ def due(loop: ArmLoop, number: int) -> bool:
     every, last = loop.config.training.eval_every, loop.config.training.num_iterations
     return number == last or bool(every and number % every == 0)
 
-
+# %% ../../nbs/training/36b_arms.ipynb #858f35ca
 def run_iteration(
     loop: ArmLoop,  # changed in place
 ) -> dict[str, Any]:  # the row of metrics

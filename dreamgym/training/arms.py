@@ -348,8 +348,8 @@ def warn_of_invalid(
     if share <= 0.95 or 2 * malformed > row.get("dream/predictions", 0):
         return
     first = next(turn.response for t in trajectories for turn in t.turns if not turn.valid and t.aborted is None)
-    said = "%.0f %% of the policy's actions have no effect; the first response: %.80r; see policy_model.prompted and "
-    log.warning(f"iteration %s: {said}max_new_tokens", row["iteration"], 100 * share, first)
+    said = "iteration %s: %.0f %% of the policy's actions have no effect; the first response: %.80r; see %s"
+    log.warning(said, row["iteration"], 100 * share, first, "policy_model.prompted and policy_model.max_new_tokens")
 
 # %% ../../nbs/training/36b_arms.ipynb #bca60079
 def update_policy(

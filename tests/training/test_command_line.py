@@ -165,7 +165,7 @@ def test_a_policy_is_judged_in_the_world_that_it_was_trained_in(tmp_path, monkey
         asked.append((env.name, env.max_turns))
         return Evaluation([Trajectory([], task, 0, "real", 0, True, False, success=True) for task in tasks], 0.0)
 
-    monkeypatch.setattr(checkpoints, "load_policy", lambda path, device: None)
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path, device, mapper: None)
     monkeypatch.setattr(checkpoints, "read_manifest", lambda path: facts)
     monkeypatch.setattr(play, "evaluate_policy", played)
     more = {"checkpoint": "policy_iter_0001.json", "num_episodes": 1}
@@ -195,7 +195,7 @@ def test_an_evaluation_of_nothing_is_an_error(tmp_path, monkeypatch, capsys):
         games = [Trajectory([], task, 0, "real", 0, False, False, aborted="browser lost") for task in tasks]
         return Evaluation(games, 0.0)
 
-    monkeypatch.setattr(checkpoints, "load_policy", lambda path, device: None)
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path, device, mapper: None)
     monkeypatch.setattr(checkpoints, "read_manifest", lambda path: {"files": {}, "folder": "x"})
     monkeypatch.setattr(play, "evaluate_policy", aborted)
     told = ["--checkpoint", "policy_iter_0001.json", "--num-episodes", "3", "--output", str(tmp_path / "result.json")]

@@ -61,7 +61,7 @@ def main() -> None:
     found = newest_checkpoint(checkpoints)
     if found is None:
         raise SystemExit(f"{checkpoints}: expected checkpoints of a dream arm, found none")
-    policy = load_policy(checkpoints / manifest_name(found[1]["iteration"]))
+    policy = load_policy(checkpoints / manifest_name(found[1]["iteration"]), mapper=ready.env.mapper)
     order = torch.randperm(len(ready.tasks), generator=torch.Generator().manual_seed(1)).tolist()
     tasks = [ready.tasks[i] for i in order[: options.games + options.dreams]]
     section = config.policy_model

@@ -60,7 +60,7 @@ def main() -> None:
     config = load_config(None, "alfworld", "cpu", options.overrides or None)
     env = make_environment("alfworld", config.environment)
     for name, _, manifest in (text.partition("=") for text in options.policies):
-        policy = load_policy(Path(manifest))
+        policy = load_policy(Path(manifest), mapper=env.mapper)
         for part in options.splits.split(","):
             split, _, first = part.partition("@")
             tasks = env.tasks(split)[int(first or 0) :][: options.games]

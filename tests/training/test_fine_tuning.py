@@ -46,11 +46,16 @@ def prompts_of(env, **config):
 def test_trl_takes_the_loss_of_our_loop_on_the_same_rows(env, rows, small, pad):
     """One step of rate zero: TRL's training loss of a batch is `example_loss` of that batch; many models pad by the end."""
     small.tokenizer.pad_token = pad
+    with torch.no_grad():
+        small.model.get_input_embeddings().weight *= 10  # tokens differ in their loss, or a missing one would not show
     model, chosen = prompts_of(env), rows[:8]
-    expected = example_loss(small.model, encode_examples(chosen, model, small.tokenizer)).item()
+    examples = encode_examples(chosen, model, small.tokenizer)
+    expected = example_loss(small.model, examples).item()
+    endless = example_loss(small.model, [(prompt, target[:-1]) for prompt, target in examples]).item()
     section = ReasoningModelConfig(train_steps=1, batch_size=8, lr=1e-12)
     metrics = fine_tune(model, small, chosen, section, draw=False, warmup_steps=0, logging_steps=1)
-    assert math.isclose(metrics["train_loss"], expected, rel_tol=2e-3)
+    assert math.isclose(metrics["train_loss"], expected, rel_tol=1e-3)
+    assert not math.isclose(endless, expected, rel_tol=5e-3)
 
 
 @pytest.mark.parametrize(

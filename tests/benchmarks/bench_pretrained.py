@@ -4,8 +4,9 @@
 
 As agent: what share of its greedy responses are possible actions, with and without being told what to do, and by how much
 the log-probabilities of sampled tokens differ between rollout and update. As experience model: how many of its greedy
-replies can be read, and how many of them tell rightly whether the action works. Then cloning at several rates: nats per
-token of held-out demonstrated actions, and of English that has nothing to do with games.
+replies about real steps can be read, tell rightly whether the action works, and give the real next state; it sees similar
+steps of other episodes. Then cloning at several rates: nats per token of held-out demonstrated actions, and of English that
+has nothing to do with games.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dreamgym.core.config import EnvironmentConfig, PolicyModelConfig, ReasoningModelConfig
+from dreamgym.core.config import BufferConfig, EnvironmentConfig, PolicyModelConfig, ReasoningModelConfig
 from dreamgym.core.data_structures import Experience, Task, Trajectory
 from dreamgym.core.generators import TransformersGenerator
 from dreamgym.core.language_model import LanguageModel, load_language_model, make_rows
@@ -24,7 +25,9 @@ from dreamgym.core.llm import GeneratorClient
 from dreamgym.environments.base_env import Environment, make_environment
 from dreamgym.environments.offline import EXPERT, record
 from dreamgym.models.reasoning_model import Query, ReasoningExperienceModel
+from dreamgym.models.replay_buffer import ExperienceReplayBuffer
 from dreamgym.training.policy import Policy, make_codec
+from dreamgym.training.preparation import record_offline
 from dreamgym.training.rollout import RolloutConfig, rollout
 
 ENGLISH = """The quick growth of cities in the nineteenth century changed how people lived and worked. Railways carried food
@@ -63,22 +66,32 @@ def as_agent(language_model: LanguageModel, env: Environment, tasks: Sequence[Ta
     )
 
 
-def as_experience_model(
-    language_model: LanguageModel, env: Environment, rows: Sequence[Experience], reply: int
-) -> None:
-    """Prints how many of its predictions can be read and are right about the action, every second one impossible."""
-    section = ReasoningModelConfig(name="named", prompted=True, temperature=0.0, reply_tokens=reply)
-    model = ReasoningExperienceModel(section, GeneratorClient(language_model), None, env.mapper)
-    tasks, asked = {task.id: task for task in env.tasks("train")}, list[tuple[Query, bool]]()
-    for number, e in enumerate(rows):
-        other = next(o.action for o in rows if o.action not in (env.mapper.admissible_actions(e.state) or ()))
-        asked.append((Query(e.state, other if number % 2 else e.action, tasks[e.task_id]), bool(number % 2)))
-    said = model.predict([query for query, _ in asked])
-    read = [(p.next_state.rpartition("\n")[2] != "last: ok", fails) for p, (_, fails) in zip(said, asked) if p.valid]
-    print(
-        f"experience model: {len(read)} of {len(said)} replies readable, {sum(a == b for a, b in read)} right about the action"
-    )
-    print(f"  the first that is not: {next((p.error for p in said if not p.valid), '')[:160]}")
+def as_experience_model(language_model: LanguageModel, env: Environment, options: argparse.Namespace) -> None:
+    """Prints how many of its predictions can be read, and are right; a third of the real actions had no effect."""
+    tasks = {task.id: task for task in env.tasks("train")[: 3 * options.games]}
+    rows, how = record_offline(env, [*tasks.values()]), BufferConfig(top_k=options.demos)
+    failed = [e for e in rows if fails(e)]
+    draw, third = random.Random(1), options.predictions // 3
+    asked = draw.sample([e for e in rows if not fails(e)], options.predictions - third) + draw.sample(failed, third)
+    buffer = ExperienceReplayBuffer(how)
+    buffer.add_many(rows)
+    section = ReasoningModelConfig(name="named", prompted=True, temperature=0.0, reply_tokens=options.reply_tokens)
+    model = ReasoningExperienceModel(section, GeneratorClient(language_model, 24), buffer, env.mapper)
+    said = model.predict([Query(e.state, e.action, tasks[e.task_id], exclude_episode=e.episode_id) for e in asked])
+    for name, kind in (("work", False), ("fail", True)):
+        both = [(e, p) for e, p in zip(asked, said, strict=True) if fails(e) is kind]
+        right = sum(p.valid and fails(p) is kind for _, p in both)
+        same = sum(p.valid and (p.next_state, p.reward) == (e.next_state, e.reward) for e, p in both)
+        print(
+            f"experience model, {len(both)} actions that {name}: {sum(p.valid for _, p in both)} replies readable, {right} "
+            f"say that they {name}, {same} with the real next state and reward"
+        )
+    print(f"  the first that cannot be read: {next((p.error for p in said if not p.valid), '-')[:160]}", flush=True)
+
+
+def fails(e: Experience) -> bool:
+    """Whether the action has no effect."""
+    return not e.next_state.endswith("\nlast: ok")
 
 
 def clone(name: str, rows: Sequence[Experience], rate: float, updates: int, batch: int = 8) -> None:
@@ -109,19 +122,22 @@ def main() -> None:
     parser.add_argument("model", help="a folder or Hugging Face name")
     parser.add_argument("--games", type=int, default=8)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--reply-tokens", type=int, default=200, help="longest prediction")
+    parser.add_argument("--predictions", type=int, default=24)
+    parser.add_argument("--demos", type=int, default=3, help="similar steps in a prompt of the experience model")
+    parser.add_argument("--reply-tokens", type=int, default=300, help="longest prediction")
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-3, 1e-4, 1e-5])
     parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--half", action="store_true", help="bfloat16 weights where nothing is trained")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     env = make_environment("alfworld", EnvironmentConfig(data_dir="generated", max_episode_steps=options.turns))
-    tasks, language_model = list(env.tasks("train")[: options.games]), load_language_model(options.model)
-    as_agent(language_model, env, tasks)
+    language_model = load_language_model(options.model, torch.bfloat16 if options.half else torch.float32)
+    as_agent(language_model, env, list(env.tasks("train")[: options.games]))
     whole = make_environment("alfworld", EnvironmentConfig(data_dir="generated"))
     rows = [e for episode in record(whole, whole.tasks("train")[: options.updates + 4], EXPERT) for e in episode]
     random.Random(0).shuffle(rows)
-    as_experience_model(language_model, whole, rows[: options.games], options.reply_tokens)
+    as_experience_model(language_model, whole, options)
     for rate in options.rates:
         clone(options.model, rows, rate, options.updates)
 

@@ -38,7 +38,8 @@ def step_answer(prompt):
     state, action = re.search(r"State:\n(.*?)\n\nAction:\n(.*)$", prompt, re.S).groups()
     works = judge(parse_state(state), action).ok
     after = expected_state(parse_state(state), action)[0].text() if works else state
-    return {"reasoning": "as the rules say", "works": works, "next_state": after, "reward": 0, "terminated": False}
+    lines = after.split("\n")
+    return {"reasoning": "as the rules say", "works": works, "next_state": lines, "reward": 0, "terminated": False}
 
 
 def teacher_answer(prompt):

@@ -52,7 +52,7 @@ def model_of(env, answer, buffer=None, check=None, **config):
 def as_json(row, mapper):
     """What an instructed model should answer."""
     works = row.next_state != mapper.merge(row.state, f"fail {row.action}")
-    fields = {"reasoning": row.reasoning, "works": works, "next_state": row.next_state if works else ""}
+    fields = {"reasoning": row.reasoning, "works": works, "next_state": row.next_state.split("\n") if works else []}
     return json.dumps(fields | {"reward": row.reward, "terminated": row.terminated})
 
 
@@ -106,6 +106,7 @@ def test_an_instructed_model_sees_similar_steps_everywhere_and_the_past(env, row
         lambda text: text.replace('"next_state"', '"Next State"').replace('"terminated"', '"done"'),
         lambda text: text.replace('"reward": 0.0', '"reward": "0"').replace("false", '"False"'),
         lambda text: f"[{text}]",
+        lambda text: json.dumps(json.loads(text) | {"next_state": "\n".join(json.loads(text)["next_state"])}),
     ],
 )
 def test_small_faults_are_repaired(env, rows, damage):

@@ -141,11 +141,18 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "policy_model.pretrain_steps": "pretrained for {} updates",
         "reasoning_model.train_steps": "experience model of {} updates",
         "training.num_iterations": "{} iterations",
+        "reasoning_model.verify": "rules reject predictions",
         "environment.mapper": "raw observations",
     }
 )
 GAMES = ("small generated", "full generated", "official")
-UNSAID = ("environment.size", "training.eval_every", "training.control", "training.s2r_budget")
+UNSAID = (
+    "environment.size",
+    "reasoning_model.redraws",
+    "training.eval_every",
+    "training.control",
+    "training.s2r_budget",
+)
 
 
 def describe(

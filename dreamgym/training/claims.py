@@ -141,6 +141,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "policy_model.pretrain_steps": "pretrained for {} updates",
         "reasoning_model.train_steps": "experience model of {} updates",
         "training.num_iterations": "{} iterations",
+        "reasoning_model.temperature": "experience model at temperature {}",
         "reasoning_model.verify": "rules reject predictions",
         "environment.mapper": "raw observations",
     }

@@ -16,8 +16,8 @@ from ..utils.statistics import stratified_bootstrap
 from .benchmark import METHODS, Row, difference, mean_of, read_name
 
 # %% auto #0
-__all__ = ['CLAIMS', 'PAPER', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'said_by_paper', 'by_type', 'contrast',
-           'verdict', 'in_points', 'describe', 'reading_order', 'table_of_settings', 'plot_settings']
+__all__ = ['CLAIMS', 'PAPER', 'ENOUGH', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'said_by_paper', 'by_type',
+           'contrast', 'verdict', 'in_points', 'describe', 'reading_order', 'table_of_settings', 'plot_settings']
 
 # %% ../../nbs/training/42_claims.ipynb #07238074
 @dataclass(frozen=True)
@@ -116,13 +116,17 @@ def contrast(
     return difference(sums, [0.0] * len(sums)) | {"iqm": iqm}
 
 # %% ../../nbs/training/42_claims.ipynb #53878a5b
+ENOUGH = 5  # seeds of a claim; fewer only screen
+
+
 def verdict(
-    found: Row,  # of `contrast`
+    found: Row,  # 'low', 'high' and 'seeds', as of `contrast`
 ) -> str:
-    """What an interval says of a claim."""
+    """What an interval says of a claim; with too few seeds it is only screened."""
     if found["low"] is None:
         return "not decided (one seed)"
-    return "supported" if found["low"] > 0 else "contradicted" if found["high"] < 0 else "not decided"
+    word = "supported" if found["low"] > 0 else "contradicted" if found["high"] < 0 else "not decided"
+    return word if word == "not decided" or found["seeds"] >= ENOUGH else f"{word} (screened)"
 
 
 def in_points(

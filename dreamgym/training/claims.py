@@ -172,7 +172,7 @@ def describe(
         return "official", changes
     return f"{load_config(None, env, preset, words).environment.size} generated", changes
 
-
+# %% ../../nbs/training/42_claims.ipynb #cff3b0b9
 def reading_order(
     setting: str,
     env: str = "alfworld",

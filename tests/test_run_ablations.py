@@ -182,7 +182,7 @@ def test_what_is_done_is_not_run_again(tmp_path):
     ((setting, summary),) = kept["summary"].items()
     assert {row["seed"] for row in kept["rows"]} == {0, 1} and len(summary) == 3
     row = kept["rows"][0]
-    assert row["command"].startswith("papermill nbs/run_experiment.ipynb ") and isinstance(row["commit"], str)
+    assert row["command"].startswith("papermill nbs/run_experiment.ipynb ") and row["commit"] == "77b9c5b"
     assert isinstance(row["seconds"], float) and "curriculum.difficulty_increment=0.5" in setting
 
 

@@ -65,6 +65,7 @@ class Runner:
         (folder / "dream" / "metrics.jsonl").write_text(json.dumps(metrics) + "\n" + '{"iteration": 3}\n')
         rows = [table_row(m, t, 10 + 2 * i + seed) for i, m in enumerate(names) for t in (1.0, 0.0)]
         write_json(folder / "result.json", {"rows": rows})
+        write_json(folder / "run.json", {"commit": "77b9c5b"})
 
 
 def run(tmp_path, methods, seeds, runner, **more):
@@ -198,7 +199,7 @@ def test_rows_hold_what_a_reader_needs(tmp_path):
     assert not any("curve" in r for r in results.rows if r["temperature"] != 1.0 or r["method"] == "bc")
     assert row["split"] == SETTING.load(0).environment.eval_split and row["setting"] == "preset=smoke"
     assert row["config_hash"] == SETTING.hash(0) and row["command"].startswith("papermill nbs/run_experiment.ipynb ")
-    assert isinstance(row["seconds"], float) and isinstance(row["commit"], str)
+    assert isinstance(row["seconds"], float) and row["commit"] == "77b9c5b"
     bc = next(r for r in results.rows if r["method"] == "bc")
     assert bc["dream_success"] is None and bc["hazard"] is None
 
@@ -219,7 +220,7 @@ def test_a_finished_run_is_read_even_if_the_file_is_gone(tmp_path):
     again = Runner()
     results = run(tmp_path, ["bc", "dream"], [0], again)
     assert again.commands == [] and len(results.rows) == 6
-    assert {(row["seconds"], row["commit"]) for row in results.rows} == {(None, "")}
+    assert {(row["seconds"], row["commit"]) for row in results.rows} == {(None, "77b9c5b")}
 
 
 def test_a_finished_run_without_the_control_goes_on_where_it_is_wanted(tmp_path, monkeypatch):

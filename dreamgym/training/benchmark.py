@@ -28,7 +28,7 @@ from ..core.config import REPORTING, Config, config_hash, load_config, project_p
 from ..core.errors import ConfigError, DataError, DreamGymError, unknown_name
 from ..environments.base_env import make_environment
 from ..utils.statistics import Estimate, paired_difference, stratified_bootstrap
-from ..utils.tracking import lock_folder, read_metrics, write_json
+from ..utils.tracking import commit_of, lock_folder, read_metrics, write_json
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,7 @@ __all__ = ['log', 'MODES', 'CONTROL', 'METHODS', 'PAPER_METHODS', 'Row', 'OF_DRE
            'parse_seeds', 'digest_of', 'Setting', 'read_name', 'Run', 'plan_runs', 'read_benchmark', 'missing_methods',
            'command_of', 'RunFailed', 'execute', 'learning_curve', 'is_finished', 'rows_of', 'mean_of', 'mean_of_known',
            'over_seeds', 'over_types', 'on_shared_seeds', 'compare', 'difference', 'summarise', 'against_real',
-           'curves_of', 'mean_curve', 'commit_of', 'row_key', 'ResultsFile', 'run_one', 'work_off', 'run_all',
-           'line_of', 'table_of']
+           'curves_of', 'mean_curve', 'row_key', 'ResultsFile', 'run_one', 'work_off', 'run_all', 'line_of', 'table_of']
 
 # %% ../../nbs/training/40_benchmark.ipynb #101ef9c6
 @dataclass(frozen=True)
@@ -434,23 +433,6 @@ def mean_curve(
     means = [(i, {key: mean_of_known(run[i].get(key) for run in runs) for key in CURVE}) for i in shared]
     return [{"iteration": i} | {key: mean for key, mean in found.items() if mean is not None} for i, found in means]
 
-# %% ../../nbs/training/40_benchmark.ipynb #f812b092
-def commit_of(
-    root: Path,
-) -> str:  # such as '77b9c5b', '77b9c5b+' with changes that are not committed (results aside), '' without git
-    """The state of the code."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        found = git("rev-parse", "--short", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!data/results") if found else ""
-        return found + ("+" if changes else "")
-    except OSError:
-        return ""
-
 # %% ../../nbs/training/40_benchmark.ipynb #21c11b4e
 def row_key(row: Row) -> tuple[str, float, str]:
     """What a file has one row of."""
@@ -509,13 +491,13 @@ def run_one(
     common = {"seed": run.seed, "setting": setting.name, "config_hash": stamp, "command": shlex.join(command)}
     say(f"{run.title}: started, for {', '.join(run.methods)}")
     try:
-        common |= {"commit": "", "seconds": None}  # unknown where a finished run is only read
+        common |= {"commit": commit_of(project_root()), "seconds": None}  # unknown where a finished run is only read
         if not is_finished(run, folder):
-            common["commit"] = commit_of(project_root())
             start(command, folder.with_suffix(".log"))
             common["seconds"] = round(time.monotonic() - began, 1)
-        split = setting.load(run.seed).environment.eval_split
-        results.note(rows_of(run, folder, common | {"split": split}))
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        common |= {"split": setting.load(run.seed).environment.eval_split, "commit": about.get("commit", "")}
+        results.note(rows_of(run, folder, common))
     except (DreamGymError, OSError, ValueError, KeyError) as error:
         failure = {"run": run.title, "methods": list(run.methods), "error": f"{type(error).__name__}: {error}"}
         results.note([], common | failure)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..core.config import REPORTING, Config, config_hash, project_path, save_config
+from ..core.config import REPORTING, Config, config_hash, project_path, project_root, save_config
 from ..core.data_structures import Experience, Task
 from ..core.errors import CheckpointError, ConfigError, MissingExtra
 from ..core.generators import ServerError
@@ -31,7 +31,7 @@ from ..core.llm import LLMError
 from ..environments.base_env import Environment, make_environment
 from ..models.reasoning_model import ReasoningExperienceModel
 from ..models.replay_buffer import ExperienceReplayBuffer, read_rows
-from ..utils.tracking import RunDir, lock_folder, write_json, writing
+from ..utils.tracking import RunDir, commit_of, lock_folder, write_json, writing
 from . import arms, checkpoints
 from . import preparation as prep
 from .arm_loop import OFFLINE, ArmLoop, Prepared, finished, trained_on
@@ -552,7 +552,8 @@ def claim_folder(
 ) -> None:
     """Writes the resolved config into a new run; raises CheckpointError where one with other settings or data lives."""
     known = [config_hash(config, ignored, env.digest) for ignored in (AROUND, REPORTING)]  # the second: of old runs
-    stamp, file = {"config_hash": known[0], "environment": env.name, "info": env.info}, folder / "run.json"
+    stamp: dict[str, Any] = {"config_hash": known[0], "environment": env.name, "info": env.info}
+    file = folder / "run.json"
     if file.is_file():
         if json.loads(file.read_text(encoding="utf-8"))["config_hash"] not in known:
             raise CheckpointError(
@@ -563,7 +564,7 @@ def claim_folder(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
-    write_json(file, stamp)
+    write_json(file, stamp | {"commit": commit_of(project_root())})
 
 # %% ../../nbs/training/37_trainer.ipynb #b7c99a43
 def describe(

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -20,8 +21,8 @@ from ..core.errors import CheckpointError, ConfigError, DataError
 
 # %% auto #0
 __all__ = ['PREFIXES', 'writing', 'write_text', 'sync_folder', 'whole_lines', 'append_text', 'to_json', 'json_lines',
-           'write_json', 'lock_folder', 'add_entry', 'check_keys', 'read_jsonl', 'read_metrics', 'scalar_writer',
-           'write_scalars', 'RunDir', 'synced_size', 'truncate_file']
+           'write_json', 'lock_folder', 'add_entry', 'commit_of', 'check_keys', 'read_jsonl', 'read_metrics',
+           'scalar_writer', 'write_scalars', 'RunDir', 'synced_size', 'truncate_file']
 
 # %% ../../nbs/utils/05_tracking.ipynb #bfc4f31c
 @contextmanager
@@ -169,6 +170,23 @@ def add_entry(
         entries[name] = to_json(entry)
         write_json(path, entries)
     return entries
+
+# %% ../../nbs/utils/05_tracking.ipynb #0a259d67
+def commit_of(
+    root: Path,
+) -> str:  # such as '77b9c5b', '77b9c5b+' with changes that are not committed (results aside), '' without git
+    """The state of the code."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        found = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!data/results") if found else ""
+        return found + ("+" if changes else "")
+    except OSError:
+        return ""
 
 # %% ../../nbs/utils/05_tracking.ipynb #0982425b
 PREFIXES = ("rollout", "policy", "value", "dream", "buffer", "curriculum", "eval", "time")

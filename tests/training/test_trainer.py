@@ -301,6 +301,14 @@ def test_a_run_goes_on_with_another_control_or_more_threads(tmp_path, around):
         claim_folder(tmp_path / "run", load_config(None, "alfworld", "smoke", more), env)
 
 
+def test_a_run_names_the_commit_that_began_it(tmp_path, monkeypatch):
+    env, config = SimpleNamespace(name="alfworld", info={}, digest=""), load_config(None, "alfworld", "smoke")
+    for commit in ("77b9c5b", "fa0eede"):
+        monkeypatch.setattr(trainer_module, "commit_of", lambda root, commit=commit: commit)
+        claim_folder(tmp_path, config, env)
+        assert json.loads((tmp_path / "run.json").read_text())["commit"] == "77b9c5b"
+
+
 def test_the_folder_of_a_run_on_other_data_is_refused(tmp_path):
     """Official games may appear in their usual place between two calls of the same command."""
     config = load_config(None, "alfworld", "smoke")

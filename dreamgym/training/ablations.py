@@ -296,7 +296,7 @@ def pooled_with(
     }
 
 # %% ../../nbs/training/41_ablations.ipynb #c5272715
-DREAM = {"gap": "dream − real success", "hazard": "hazard per dreamt step", "wm2real": "won dreams that win for real"}
+DREAM = {"gap": "dream − real success", "hazard": "hazard", "wm2real": "won dreams that win for real"}
 
 
 def compare_dreams(

@@ -491,7 +491,7 @@ def run_one(
     common = {"seed": run.seed, "setting": setting.name, "config_hash": stamp, "command": shlex.join(command)}
     say(f"{run.title}: started, for {', '.join(run.methods)}")
     try:
-        common |= {"commit": commit_of(project_root()), "seconds": None}  # unknown where a finished run is only read
+        common |= {"commit": commit_of(project_root()), "seconds": None}  # of what is only read
         if not is_finished(run, folder):
             start(command, folder.with_suffix(".log"))
             common["seconds"] = round(time.monotonic() - began, 1)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'OPEN', 'CLOSE', 'THINK', 'THOUGHT', 'ROLE', 'ANSWERS', 'Parsed', 'one_line', 'parse_thinking', 'agent_role',
-           'agent_message', 'is_prompted', 'is_cloned', 'check_prompted', 'check_rates', 'extended', 'TurnCodec',
+           'agent_message', 'is_cloned', 'is_prompted', 'check_prompted', 'check_rates', 'extended', 'TurnCodec',
            'next_prompt', 'append_only_rows', 'demonstrated_turns', 'make_codec', 'TokenScores', 'Policy',
            'make_optimizer', 'set_rate']
 
@@ -104,17 +104,15 @@ def agent_message(
     return "\n".join([state, "", "Possible actions:", *actions]) if actions else state
 
 # %% ../../nbs/training/30_policy.ipynb #9ff0be1b
-def is_prompted(
-    config: PolicyModelConfig,
-) -> bool:
-    """Whether the policy is told what to do."""
-    named = config.name != "scratch"
-    return named and not config.bc_demonstrations if config.prompted is None else config.prompted
-
-
 def is_cloned(config: Config) -> bool:
     """Whether there are demonstrations."""
     return bool(config.policy_model.bc_demonstrations and config.environment.offline_data)
+
+
+def is_prompted(config: Config) -> bool:
+    """Whether the policy is told what to do."""
+    section = config.policy_model
+    return section.name != "scratch" and not is_cloned(config) if section.prompted is None else section.prompted
 
 
 def check_prompted(
@@ -127,7 +125,7 @@ def check_prompted(
             "policy_model.prompted: true, but a model from scratch knows no words; expected policy_model.name to be a "
             "language model that follows instructions: name one, or set prompted to null"
         )
-    if section.name != "scratch" and not is_cloned(config) and not is_prompted(section):
+    if section.name != "scratch" and not is_cloned(config) and not is_prompted(config):
         log.warning("%s is neither cloned nor told what to do; set policy_model.prompted to true", section.name)
 
 # %% ../../nbs/training/30_policy.ipynb #91951e4d
@@ -248,12 +246,11 @@ def demonstrated_turns(
 def make_codec(
     tokenizer: Any,
     config: PolicyModelConfig,
-    mapper: StateMapper | None = None,  # of the environment; for a policy that is told what to do
+    mapper: StateMapper | None = None,  # for a policy that is told what to do
 ) -> TurnCodec:
     """The codec that a configuration asks for. Raises ConfigError if the chat template cannot serve its context."""
-    shown = mapper if is_prompted(config) else None
     try:
-        return TurnCodec(tokenizer, config.context, config.history, config.response_format, shown)
+        return TurnCodec(tokenizer, config.context, config.history, config.response_format, mapper)
     except DataError as error:
         raise ConfigError(f"policy_model.context: {config.context}: {error}") from None
 

@@ -31,7 +31,7 @@ from ..utils.tracking import write_json
 from . import scale
 from .baselines import DEMONSTRATORS, CloningReport, clone, demonstrations, is_demonstrated
 from .grpo import GROUPED
-from .policy import Policy, make_codec
+from .policy import Policy, is_prompted, make_codec
 from .rollout import RolloutConfig, rollout
 
 log = logging.getLogger(__name__)
@@ -175,15 +175,15 @@ def agent_texts(
 
 
 def make_policy(
-    section: PolicyModelConfig,
+    config: Config,
     texts: Iterable[str],  # of the environment; used for models from scratch only
-    seed: int,
     device: str = "cpu",
     mapper: StateMapper | None = None,  # of the environment
 ) -> Policy:
     """A policy that has learned nothing yet, with the codec that its section asks for."""
-    language_model = make_language_model(section, {*texts} | agent_texts(section), seed, device)
-    return Policy(language_model, make_codec(language_model.tokenizer, section, mapper)).to(device)
+    section, shown = config.policy_model, mapper if is_prompted(config) else None
+    model = make_language_model(section, {*texts} | agent_texts(section), config.training.seed, device)
+    return Policy(model, make_codec(model.tokenizer, section, shown)).to(device)
 
 # %% ../../nbs/training/35a_preparation.ipynb #28d2274e
 def pretrain_policy(

@@ -84,7 +84,7 @@ def make_prepared(
     if not data:
         return make_synthetic(trainer, home, tasks)
     texts = prep.environment_texts(data, env)
-    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device, env.mapper)
+    policy = prep.make_policy(config, texts, trainer.device, env.mapper)
     losses = RunningLoss(say, config.policy_model.pretrain_steps or 0, "pretraining")
     prep.pretrain_policy(policy, data, env, config, losses)
     report = prep.clone_policy(policy, data, config, lambda i, loss: say(prep.cloning_line(i, loss)))
@@ -153,7 +153,7 @@ def make_synthetic(
     config, env = trainer.config, trainer.env
     begun = dreamable(env, tasks)
     texts = prep.first_texts(begun, env)
-    policy = prep.make_policy(config.policy_model, texts, config.training.seed, trainer.device, env.mapper)
+    policy = prep.make_policy(config, texts, trainer.device, env.mapper)
     buffer = ExperienceReplayBuffer(config.buffer, home / "experience.db", dedup=False)
     save_checkpoint(home, 0, policy, None, {"stage": "new"})
     write_json(home / "first_states.json", {task.id: task.initial_state for task in begun})
@@ -266,7 +266,7 @@ def offline_agent(
         return dpo_agent(policy, pairs, config.rl.dpo_beta, lr=config.rl.dpo_lr, seed=seed, on_log=told), last
     recorded = [e for e in rows if e.policy != "cloned"]
     texts, env = prep.environment_texts(recorded, ready.env), ready.env
-    policy = prep.make_policy(section, texts, seed, device, env.mapper)
+    policy = prep.make_policy(config, texts, device, env.mapper)
     prep.pretrain_policy(policy, recorded, env, config)
     examples, _ = prep.cloning_examples(policy, recorded, section)
     say(f"SFT on {len(examples):,} demonstrated actions")

@@ -39,8 +39,8 @@ def play(
     language_model: LanguageModel, env: Environment, tasks: Sequence[Task], told: bool, temperature: float
 ) -> tuple[Policy, list[Trajectory]]:
     """A few turns of each game."""
-    section = PolicyModelConfig(name="named", prompted=told)
-    policy = Policy(language_model, make_codec(language_model.tokenizer, section, env.mapper))
+    section = PolicyModelConfig(name="named")
+    policy = Policy(language_model, make_codec(language_model.tokenizer, section, env.mapper if told else None))
     settings = RolloutConfig(len(tasks), section.max_new_tokens, temperature)
     return policy, rollout(
         TransformersGenerator(language_model), env.make(len(tasks)), tasks, policy.codec, settings, 0

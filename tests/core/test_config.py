@@ -105,7 +105,7 @@ def test_the_readme_serves_a_model_of_ones_own():
         r"(?:policy_model|rl)\.\w+=[^\s`]+", text[text.index("--preset gpu --set policy_model.name=FOLDER") :]
     )
     config = load_config(None, "alfworld", "gpu", told)
-    assert is_prompted(config.policy_model) and config.policy_model.response_format == "think" and config.rl.lr == 1e-6
+    assert is_prompted(config) and config.policy_model.response_format == "think" and config.rl.lr == 1e-6
 
 
 def test_five_files_and_three_presets():

@@ -17,9 +17,11 @@ from dreamgym.training.policy import (
     check_prompted,
     check_rates,
     demonstrated_turns,
+    is_prompted,
     make_codec,
     parse_thinking,
 )
+from dreamgym.training.preparation import make_policy
 
 HOME = "task: put a mug in cabinet.\nat: nowhere\nhold: nothing\nunseen: cabinet 1, drawer 1\nlast: ok"
 STATES, ACTIONS = ["at: desk 1", "at: desk 2", "hold: mug 1"], ["go to desk 2", "take mug 1", "put mug 1"]
@@ -128,17 +130,31 @@ def test_what_a_policy_is_told(context, form):
         assert turn.prompt_ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
 
 
-def test_who_is_told(tokenizer, caplog):
-    named, mapper = {"name": "some/model"}, HouseholdMapper()
-    assert make_codec(tokenizer, PolicyModelConfig(**named, bc_demonstrations=0), mapper).mapper is mapper
-    for cloned in ({}, named, {"bc_demonstrations": 0}):
-        assert make_codec(tokenizer, PolicyModelConfig(**cloned), mapper).mapper is None
-    told, alone = {"policy_model.prompted": True}, {"policy_model.name": "some/model", "environment.offline_data": None}
-    for fine in ({"policy_model.name": "some/model"}, alone | told, alone | {"policy_model.bc_demonstrations": 0}):
-        check_prompted(load_config(overrides=fine))
-    assert not caplog.text
-    check_prompted(load_config(overrides=alone))
+def test_who_is_told(caplog):
+    """A named model that is not cloned, for want of demonstrations or of offline data, and whoever is asked to be."""
+    named, no_data = {"policy_model.name": "some/model"}, {"environment.offline_data": None}
+    alone, never = {"policy_model.bc_demonstrations": 0}, {"policy_model.prompted": False}
+    for asked, told in (
+        ({}, False),
+        (no_data | alone, False),
+        (named, False),
+        (named | {"policy_model.prompted": True}, True),
+        (named | no_data, True),
+        (named | alone, True),
+    ):
+        config = load_config(overrides=asked)
+        check_prompted(config)
+        assert is_prompted(config) == told and not caplog.text
+        assert not is_prompted(load_config(overrides=asked | never))
+    check_prompted(load_config(overrides=named | no_data | never))
     assert "some/model is neither cloned nor told what to do; set policy_model.prompted to true" in caplog.text
+
+
+def test_only_who_is_told_sees_what_is_possible():
+    mapper, tiny = HouseholdMapper(), {"policy_model.d_model": 16}
+    for told, shown in ((True, mapper), (None, None)):
+        config = load_config(overrides=tiny | {"policy_model.prompted": told})
+        assert make_policy(config, ACTIONS, mapper=mapper).codec.mapper is shown
 
 
 @pytest.mark.parametrize(

@@ -794,8 +794,8 @@ def test_demonstrations_that_do_not_fit_are_counted(tmp_path, caplog):
     """Prompts of 5 and 9 tokens, responses of 2."""
     states = {"won": "a b", "lost": "a b a b a b"}
     rows = [Experience(states[n], "a", 0.0, "b", True, n, task_id=n, policy="expert", success=True) for n in states]
-    section = config(policy_model__max_new_tokens=2).policy_model
-    policy = make_policy(section, ["a b"], 0)
+    short = config(policy_model__max_new_tokens=2)
+    section, policy = short.policy_model, make_policy(short, ["a b"])
     lengths = [len(prompt) for prompt in policy.codec.prompts(list(states.values()))]
     for room, kept in ((max(lengths), 2), (min(lengths), 1)):
         found = cloning_examples(policy, rows, section.model_copy(update={"context_length": room + 2}))

@@ -84,7 +84,7 @@ def parse_receptacle(
     text: str,  # right-hand side of a line, punctuation optional
 ) -> Receptacle:
     """Inverse of `Receptacle.text`."""
-    words = text.replace(",", " ").split()
+    words = text.replace(",", " ").replace("?", " ? ").split()
     if words[:1] == ["?"]:
         return Receptacle(contents=items(text) or None)
     status = words[0] if words and words[0] in ("open", "closed") else ""

@@ -491,8 +491,9 @@ def plot_dreams(
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(parts)), labels, fontsize=8)
     panels[0].invert_yaxis()
+    heading = textwrap.fill(title, 90, max_lines=4, placeholder=" …")
     figure.suptitle(
-        f"{textwrap.fill(title, 90)}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds",
+        f"{heading}\nfirst evaluation (ring) to last (dot); grey: the full method on the same seeds",
         fontsize=9,
     )
     return figure

@@ -164,10 +164,12 @@ def describe(
     setting: str,  # as in a row: 'preset=cpu policy_model.bc_epochs=11'
     env: str = "alfworld",
 ) -> tuple[str, str]:  # games; what differs from the preset
-    """A setting in words; a key without any stays as it is."""
+    """A setting in words; a key without any stays as it is, without its section where that is clear."""
     preset, words = read_name(setting)
     pairs = [word.partition("=")[::2] for word in words if word.partition("=")[0] not in UNSAID]
-    changes = ", ".join(WORDS.get(key, f"{key.rpartition('.')[2]} = {{}}").format(value) for key, value in pairs)
+    short = [key.rpartition(".")[2] for key, _ in pairs]
+    said = [WORDS.get(key, f"{name if short.count(name) == 1 else key} = {{}}") for (key, _), name in zip(pairs, short)]
+    changes = ", ".join(form.format(value) for form, (_, value) in zip(said, pairs))
     if "data=" in setting:
         return "official", changes
     return f"{load_config(None, env, preset, words).environment.size} generated", changes

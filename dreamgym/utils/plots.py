@@ -63,7 +63,7 @@ def method_colour(
 def new_axes(
     xlabel: str,
     ylabel: str,  # with unit
-    title: str = "",  # a long one takes several lines
+    title: str = "",  # a long one takes several lines, at most four
 ) -> tuple[Any, Any]:  # figure, axes
     """An empty 5×3 inch plot."""
     import matplotlib.pyplot as plt
@@ -73,7 +73,7 @@ def new_axes(
     plt.close(figure)  # shown once, where a cell returns it
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(textwrap.fill(title, 50), fontsize=10)
+    axes.set_title(textwrap.fill(title, 50, max_lines=4, placeholder=" …"), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -205,7 +205,7 @@ def plot_panels(
         axes.set_axis_off()
     lines = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
+    figure.suptitle(textwrap.fill(title, 90, max_lines=4, placeholder=" …"), fontsize=10)
     return figure
 
 # %% ../../nbs/utils/07_plots.ipynb #cc249302

@@ -34,7 +34,7 @@ def writing(
         yield
     except OSError as error:
         folder = Path(path).absolute()
-        while not folder.is_dir():
+        while not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
             folder = folder.parent
         free = shutil.disk_usage(folder).free
         reason = f"cannot write {path}: {error.strerror or error}; {free:,} bytes free there"

@@ -92,7 +92,7 @@ def test_files_are_replaced_whole(tmp_path):
     assert json.loads(path.read_text())["folder"] == str(tmp_path) and os.listdir(tmp_path) == ["result.json"]
 
 
-@pytest.mark.parametrize("place", ["/proc/run", "file/run", "read_only/run"])
+@pytest.mark.parametrize("place", ["/proc/run", "file/run", "read_only/run", 300 * "x"])
 def test_places_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").write_text("")
     (tmp_path / "read_only").mkdir(mode=0o555)

@@ -144,6 +144,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "policy_model.bc_epochs": "cloned for {} passes",
         "policy_model.pretrain_steps": "pretrained for {} updates",
         "reasoning_model.train_steps": "experience model of {} updates",
+        "reasoning_model.train_worlds": "experience model of {} worlds",
         "training.num_iterations": "{} iterations",
         "reasoning_model.temperature": "experience model at temperature {}",
         "reasoning_model.verify": "rules reject predictions",

@@ -1,7 +1,8 @@
 """README.md from nbs/index.ipynb: `python .ci/readme.py` writes it, `--check` only compares. quarto is not needed.
 
 Between the comments `map` in nbs/index.ipynb stands the map of notebooks, made from their own title cells; between `results`
-what the default benchmark found, and between `settings` the same of other starts and games, both made from data/results.
+what the default benchmark found, between `settings` the same of other starts and games, and between `costs` what was won with
+fewer real transitions, all made from data/results.
 """
 
 import json
@@ -13,12 +14,13 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 from dreamgym.training.benchmark import METHODS, read_benchmark, summarise, table_of
-from dreamgym.training.claims import in_points, plot_settings, table_of_settings
+from dreamgym.training.claims import clone_of, in_points, label_of, plot_costs, plot_settings
+from dreamgym.training.claims import table_of_costs, table_of_settings
 from dreamgym.utils.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-BLOCK = re.compile(r"<!-- (map|results|settings) -->\n.*?<!-- /\1 -->", re.S)
+BLOCK = re.compile(r"<!-- (map|results|settings|costs) -->\n.*?<!-- /\1 -->", re.S)
 
 
 def reading_order(path: Path) -> tuple:
@@ -108,6 +110,22 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def costs() -> list[dict]:
+    """The dream of fewer worlds and whatever else was run on its seeds from the same clones."""
+    rows = [row for row in benchmark_rows() if clone_of(row["setting"]) == "preset=cpu"]
+    seeds = {row["seed"] for row in rows if row["setting"] == "preset=cpu reasoning_model.train_worlds=150"}
+    return table_of_costs([row for row in rows if row["seed"] in seeds])
+
+
+def costs_table() -> str:
+    """Real transitions, all counted, and gains at temperature 1 and greedy."""
+    lines = ["| method | real transitions | minus cloning (points) | greedy |", "|---|---|---|---|"]
+    for cost in costs():
+        gains = " | ".join(in_points(cost[key]).rpartition(" (")[0] for key in ("gain", "greedy"))
+        lines.append(f"| {label_of(cost['setting'], cost['method'])} | {cost['real transitions']:,} | {gains} |")
+    return "\n".join(lines)
+
+
 def index_notebook() -> dict:
     """nbs/index.ipynb with fresh tables."""
     notebook = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))
@@ -118,24 +136,29 @@ def index_notebook() -> dict:
     return notebook
 
 
-TABLES = {"map": notebook_map, "results": results_table, "settings": settings_table}
+TABLES = {"map": notebook_map, "results": results_table, "settings": settings_table, "costs": costs_table}
+PICTURES = {
+    "settings": lambda: plot_settings(table_of_settings(benchmark_rows())),
+    "costs": lambda: plot_costs(costs()),
+}
 
 
 def readme_text(notebook: dict) -> str:
     """The notebook as Markdown, with links that start at the project's root."""
     text, _ = MarkdownExporter().from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))
     text = re.sub(r"\]\((?![a-z]+:|#|/|\.\./)", "](nbs/", text).replace("](../", "](")
-    text = re.sub(r"<!-- /?(map|results|settings) -->\n", "", text)
+    text = re.sub(r"<!-- /?(map|results|settings|costs) -->\n", "", text)
     return "<!-- Written by .ci/readme.py from nbs/index.ipynb -->\n\n" + text.strip() + "\n"
 
 
 def main() -> int:
-    """Writes nbs/index.ipynb, README.md and its picture; with --check, exit 1 if one of the texts would change."""
-    notebook = index_notebook()
-    readme, picture = ROOT / "README.md", NBS / "images" / "settings.png"
-    shown = picture.is_file() and readme.is_file() and settings_table() in readme.read_text(encoding="utf-8")
-    if not shown and "--check" not in sys.argv[1:]:  # the picture of other numbers
-        save_figure(plot_settings(table_of_settings(benchmark_rows())), picture)
+    """Writes nbs/index.ipynb, README.md and its pictures; with --check, exit 1 if one of the texts would change."""
+    notebook, readme = index_notebook(), ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    for name, plot in PICTURES.items() if "--check" not in sys.argv[1:] else ():
+        picture = NBS / "images" / f"{name}.png"
+        if not picture.is_file() or TABLES[name]() not in before:  # the picture of other numbers
+            save_figure(plot(), picture)
     texts = {
         NBS / "index.ipynb": json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
         readme: readme_text(notebook),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..utils.statistics import stratified_bootstrap
 from .benchmark import METHODS, Row, difference, mean_of, read_name
 
 # %% auto #0
-__all__ = ['CLAIMS', 'PAPER', 'ENOUGH', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'Claim', 'in_paper', 'said_by_paper', 'by_type',
-           'contrast', 'verdict', 'in_points', 'describe', 'reading_order', 'table_of_settings', 'plot_settings']
+__all__ = ['CLAIMS', 'PAPER', 'ENOUGH', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'CLONE', 'Claim', 'in_paper', 'said_by_paper',
+           'by_type', 'contrast', 'verdict', 'in_points', 'describe', 'reading_order', 'table_of_settings',
+           'plot_settings', 'clone_of', 'label_of', 'table_of_costs', 'gain_over', 'plot_costs']
 
 # %% ../../nbs/training/42_claims.ipynb #07238074
 @dataclass(frozen=True)
@@ -167,10 +169,14 @@ def describe(
 ) -> tuple[str, str]:  # games; what differs from the preset
     """A setting in words; a key without any stays as it is, without its section where that is clear."""
     preset, words = read_name(setting)
-    pairs = [word.partition("=")[::2] for word in words if word.partition("=")[0] not in UNSAID]
+    own = load_config(None, env, preset)
+    said = [word for word in words if load_config(None, env, preset, [word]) != own]  # the preset has the others anyway
+    pairs = [word.partition("=")[::2] for word in said if word.partition("=")[0] not in UNSAID]
     short = [key.rpartition(".")[2] for key, _ in pairs]
-    said = [WORDS.get(key, f"{name if short.count(name) == 1 else key} = {{}}") for (key, _), name in zip(pairs, short)]
-    changes = ", ".join(form.format(value) for form, (_, value) in zip(said, pairs))
+    forms = [
+        WORDS.get(key, f"{name if short.count(name) == 1 else key} = {{}}") for (key, _), name in zip(pairs, short)
+    ]
+    changes = ", ".join(form.format(value) for form, (_, value) in zip(forms, pairs))
     if "data=" in setting:
         return "official", changes
     return f"{load_config(None, env, preset, words).environment.size} generated", changes
@@ -239,4 +245,96 @@ def plot_settings(
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+# %% ../../nbs/training/42_claims.ipynb #c057a002
+CLONE = ("preset=", "data=", "environment.", "policy_model.")  # what a clone depends on
+
+
+def clone_of(
+    setting: str,
+) -> str:  # a setting too
+    """What a setting's clone depends on."""
+    return " ".join(word for word in setting.split() if word.startswith(CLONE))
+
+
+def label_of(
+    setting: str,
+    method: str,  # key of METHODS
+    env: str = "alfworld",
+) -> str:  # 'dream PPO, experience model of 150 worlds'
+    """A method with its setting in words."""
+    unused = "reasoning_model." if "real" in METHODS[method].modes else " "
+    used = " ".join(word for word in setting.split() if not word.startswith(unused))
+    return f"{METHODS[method].label}, {describe(used, env)[1] or 'preset'}"
+
+# %% ../../nbs/training/42_claims.ipynb #c057a004
+def table_of_costs(
+    rows: Sequence[Row],  # of settings that share a clone
+    env: str = "alfworld",
+    least: int = ENOUGH,  # seeds
+) -> list[Row]:  # 'setting', 'method', 'real transitions', 'beyond the clone'; 'gain', 'greedy' as of `contrast`
+    """What the methods took and won, cheapest first."""
+    costs: list[Row] = []
+    for name in sorted({row["setting"] for row in rows}, key=lambda name: reading_order(name, env)):
+        mine = [row for row in rows if row["setting"] == name]
+        counts = {(row["method"], row["seed"]): row["real_transitions"] for row in mine}
+        for method in (key for key in METHODS if key != "bc"):
+            gain = contrast(mine, {method: 1, "bc": -1})
+            if gain is None or gain["seeds"] < least:
+                continue
+            seeds = [seed for of, seed in counts if of == method and ("bc", seed) in counts]
+            spent = mean_of([counts[method, seed] for seed in seeds]).value
+            own = mean_of([counts["bc", seed] for seed in seeds]).value
+            line = {
+                "setting": name,
+                "method": method,
+                "real transitions": round(spent),
+                "beyond the clone": round(spent - own),
+            }
+            costs.append(line | {"gain": gain, "greedy": contrast(mine, {method: 1, "bc": -1}, 0.0)})
+    return sorted(costs, key=lambda cost: cost["real transitions"])
+
+
+def gain_over(
+    rows: Sequence[Row],
+    mine: tuple[str, str],  # setting, method
+    other: tuple[str, str],
+    temperature: float = 1.0,
+) -> Row | None:  # as of `contrast`
+    """How much more one setting's method wins over its clone than another's, seed by seed."""
+    sides = [
+        row | {"method": f"{side} {'bc' if row['method'] == 'bc' else 'own'}"}
+        for side, (setting, method) in {"mine": mine, "other": other}.items()
+        for row in rows
+        if row["setting"] == setting and row["method"] in (method, "bc")
+    ]
+    return contrast(sides, {"mine own": 1, "mine bc": -1, "other own": -1, "other bc": 1}, temperature)
+
+# %% ../../nbs/training/42_claims.ipynb #c057a006
+def plot_costs(
+    costs: Sequence[Row],  # of table_of_costs
+    title: str = "",
+    env: str = "alfworld",
+) -> Any:  # figure
+    """Real transitions beyond the clone's own against the gain, with 95 % intervals over seeds."""
+    from matplotlib.ticker import AutoLocator
+
+    labels = {(c["setting"], c["method"]): label_of(c["setting"], c["method"], env).partition(", ") for c in costs}
+    markers = dict(zip(dict.fromkeys(words for _, _, words in labels.values()), cycle("osD^vP*X<>")))
+    figure, axes = new_axes("real transitions beyond the clone's", "minus cloning (points)", title)
+    for cost in costs:
+        (method, _, words), gain = labels[cost["setting"], cost["method"]], cost["gain"]
+        ends = gain["low"] is not None and [[100 * abs(gain[end] - gain["mean"])] for end in ("low", "high")]
+        at = cost["beyond the clone"], 100 * gain["mean"]
+        axes.errorbar(*at, ends or None, fmt=markers[words], capsize=3, color=method_colour(method))
+    for method in dict.fromkeys(method for method, _, _ in labels.values()):
+        axes.plot([], [], "o", color=method_colour(method), label=method)
+    for words, marker in markers.items():
+        axes.plot([], [], marker, color="black", markerfacecolor="none", label=words)
+    axes.xaxis.set_major_locator(AutoLocator())
+    axes.set_xlim(left=0)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure.set_size_inches(6, 4.5)  # room for the legend
     return figure

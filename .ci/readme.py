@@ -14,8 +14,15 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 from dreamgym.training.benchmark import METHODS, read_benchmark, summarise, table_of
-from dreamgym.training.claims import clone_of, in_points, label_of, plot_costs, plot_settings
-from dreamgym.training.claims import table_of_costs, table_of_settings
+from dreamgym.training.claims import (
+    clone_of,
+    in_points,
+    label_of,
+    plot_costs,
+    plot_settings,
+    table_of_costs,
+    table_of_settings,
+)
 from dreamgym.utils.plots import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]

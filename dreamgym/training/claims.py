@@ -295,7 +295,7 @@ def table_of_costs(
             costs.append(line | {"gain": gain, "greedy": contrast(mine, {method: 1, "bc": -1}, 0.0)})
     return sorted(costs, key=lambda cost: cost["real transitions"])
 
-
+# %% ../../nbs/training/42_claims.ipynb #c057a008
 def gain_over(
     rows: Sequence[Row],
     mine: tuple[str, str],  # setting, method

@@ -143,7 +143,7 @@ def in_points(
 # %% ../../nbs/training/42_claims.ipynb #84470881
 WORDS: Mapping[str, str] = MappingProxyType(
     {
-        "policy_model.bc_epochs": "cloned for {} passes",
+        "policy_model.bc_epochs": "cloned for {} epochs",
         "policy_model.pretrain_steps": "pretrained for {} updates",
         "reasoning_model.train_steps": "experience model of {} updates",
         "reasoning_model.train_worlds": "experience model of {} worlds",
@@ -162,7 +162,7 @@ UNSAID = (
     "training.s2r_budget",
 )
 
-
+# %% ../../nbs/training/42_claims.ipynb #c057a009
 def describe(
     setting: str,  # as in a row: 'preset=cpu policy_model.bc_epochs=11'
     env: str = "alfworld",
@@ -176,7 +176,8 @@ def describe(
     forms = [
         WORDS.get(key, f"{name if short.count(name) == 1 else key} = {{}}") for (key, _), name in zip(pairs, short)
     ]
-    changes = ", ".join(form.format(value) for form, (_, value) in zip(forms, pairs))
+    phrases = [form.format(value) for form, (_, value) in zip(forms, pairs)]
+    changes = ", ".join(words.removesuffix("s") if value == "1" else words for words, (_, value) in zip(phrases, pairs))
     if "data=" in setting:
         return "official", changes
     return f"{load_config(None, env, preset, words).environment.size} generated", changes

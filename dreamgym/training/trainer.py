@@ -357,7 +357,7 @@ def sigterm_interrupts() -> Iterator[None]:
 def open_environment(
     config: Config,
 ) -> Environment:
-    """The environment of a run. Raises ConfigError without training tasks or mapper, or without who writes tasks."""
+    """The environment of a run. Raises ConfigError where it lacks what the run needs of it."""
     env = make_environment(config.environment.name, config.environment)
     if env.mapper is None:
         raise ConfigError(
@@ -367,6 +367,11 @@ def open_environment(
     if not env.tasks("train"):
         hint = "it can only be evaluated: python -m dreamgym.training.evaluate --checkpoint …"
         raise ConfigError(f"{env.name} has no training tasks; {hint} --env {config.environment.name}")
+    if config.reasoning_model.verify and env.verify is None:
+        raise ConfigError(
+            f"reasoning_model.verify: {env.name} has no rules for these states (none has without environment.mapper); "
+            "set it to false, or give the environment a verify(), see dreamgym.environments.base_env"
+        )
     prep.check_curriculum(config, env)
     return env
 

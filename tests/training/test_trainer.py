@@ -330,6 +330,7 @@ def test_the_folder_of_a_run_on_other_data_is_refused(tmp_path):
         (["--set", "rl.lr=fast"], "rl.lr: expected"),
         (["--set", "environment.data_dir=no/such/folder"], "no/such/folder"),
         (["--set", "environment.offline_data=no/such/file.jsonl"], "no/such/file.jsonl"),
+        (["--set", "reasoning_model.verify=true", "environment.mapper=false"], "has no rules for these states"),
         (["--config", "no/such/config.yaml"], "no/such/config.yaml"),
     ],
 )

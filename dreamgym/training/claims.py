@@ -338,6 +338,6 @@ def plot_costs(
     axes.xaxis.set_major_locator(AutoLocator())
     axes.set_xlim(left=0)
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    figure.set_size_inches(6, 4.5)  # room for the legend
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.set_size_inches(6, 3.8 + 0.15 * len(axes.get_legend().texts))  # room for the legend
     return figure

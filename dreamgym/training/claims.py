@@ -14,7 +14,7 @@ from typing import Any
 from ..core.config import load_config
 from ..utils.plots import method_colour, new_axes
 from ..utils.statistics import stratified_bootstrap
-from .benchmark import METHODS, Row, difference, mean_of, read_name
+from .benchmark import CONTROL, METHODS, Row, difference, mean_of, read_name
 
 # %% auto #0
 __all__ = ['CLAIMS', 'PAPER', 'ENOUGH', 'WORDS', 'GAMES', 'UNSAID', 'SETTING', 'CLONE', 'Claim', 'in_paper', 'said_by_paper',
@@ -264,10 +264,11 @@ def label_of(
     method: str,  # key of METHODS
     env: str = "alfworld",
 ) -> str:  # 'dream PPO, experience model of 150 worlds'
-    """A method with its setting in words."""
-    unused = "reasoning_model." if "real" in METHODS[method].modes else " "
-    used = " ".join(word for word in setting.split() if not word.startswith(unused))
-    return f"{METHODS[method].label}, {describe(used, env)[1] or 'preset'}"
+    """A method with its setting in words; RL in reality has no experience model."""
+    words = setting.split()
+    if METHODS[method].row == CONTROL:
+        words = [word for word in words if not word.startswith("reasoning_model.")]
+    return f"{METHODS[method].label}, {describe(' '.join(words), env)[1] or 'preset'}"
 
 # %% ../../nbs/training/42_claims.ipynb #c057a004
 def table_of_costs(
@@ -294,8 +295,9 @@ def table_of_costs(
                 "beyond the clone": round(spent - own),
             }
             cost |= {"gain": gain, "greedy": contrast(mine, {method: 1, "bc": -1}, 0.0)}
-            same = costs.setdefault(label_of(name, method, env), cost)
-            same.update(cost if gain["seeds"] > same["gain"]["seeds"] else {})
+            label = label_of(name, method, env)
+            if label not in costs or gain["seeds"] > costs[label]["gain"]["seeds"]:
+                costs[label] = cost
     return sorted(costs.values(), key=lambda cost: cost["real transitions"])
 
 # %% ../../nbs/training/42_claims.ipynb #c057a008
@@ -328,9 +330,10 @@ def plot_costs(
     figure, axes = new_axes("real transitions beyond the clone's", "minus cloning (points)", title)
     for cost in costs:
         (method, _, words), gain = labels[cost["setting"], cost["method"]], cost["gain"]
-        ends = gain["low"] is not None and [[100 * abs(gain[end] - gain["mean"])] for end in ("low", "high")]
+        known = gain["low"] is not None  # with two seeds and more
+        ends = [[100 * abs(gain[end] - gain["mean"])] for end in ("low", "high")] if known else None
         at = cost["beyond the clone"], 100 * gain["mean"]
-        axes.errorbar(*at, ends or None, fmt=markers[words], capsize=3, color=method_colour(method))
+        axes.errorbar(*at, ends, fmt=markers[words], capsize=3, color=method_colour(method))
     for method in dict.fromkeys(method for method, _, _ in labels.values()):
         axes.plot([], [], "o", color=method_colour(method), label=method)
     for words, marker in markers.items():
